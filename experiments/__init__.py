@@ -1,0 +1,1 @@
+"""absl mains that train, measure and compare; nothing imports this package."""

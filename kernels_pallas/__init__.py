@@ -1,0 +1,1 @@
+"""Pallas kernels for linear and sparse attention, on TPU and GPU."""
