@@ -1,0 +1,112 @@
+"""Which role each parameter plays: the one place that decides it.
+
+Matrix optimizers must not see embeddings, heads or (stacked) norm gains as
+hidden matrices, and a rank of two alone cannot tell them apart: an embedding
+is 2-D, a scan-stacked norm is 2-D, a scan-stacked kernel is 3-D. Names can.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxlib_ext import paths
+
+LABELS = ("matrix", "embedding", "head", "vector")
+
+# Searched in order in the leaf's name ("layers/attn_norm/scale"), after the
+# rank: anything of fewer than two dimensions is a "vector", whatever its name.
+DEFAULT_RULES = (
+  (r"(^|[/_.])(norm|layernorm|rmsnorm|ln|scale|bias|gain|gamma|beta)"
+   r"(_?\w{0,2})([/.]|$)", "vector"),
+  (r"(^|/)(lm_head|head|unembed(ding)?|logits|output_head)(/|$)", "head"),
+  (r"(^|/)[a-z_]*(embed(ding|dings|der)?(_tokens)?|wte|wpe)(/|$)",
+   "embedding"),
+  (r"", "matrix"),
+)  # fmt: skip
+
+Labels = Any | Callable[[Any], Any] | None
+
+
+def is_param(x: Any) -> bool:
+  """Whether `x` counts as one parameter though it is itself a pytree."""
+  return hasattr(x, "dequantize")
+
+
+def label_params(
+  params: Any, rules: Sequence[tuple[str, str]] | None = None
+) -> Any:
+  """Labels each parameter "matrix", "embedding", "head" or "vector".
+
+  Args:
+    params: pytree of arrays, abstract values or `QTensor`s (one label each).
+    rules: `(regular expression, label)` pairs searched in the leaf's name
+      (`"layers/attn/q"`) before the default ones, which label leaves of rank
+      0 and 1 and names that speak of norms, gains and biases "vector", names
+      of an output head "head", names of an embedding "embedding" and
+      everything else "matrix".
+
+  Returns:
+    A pytree like `params` with one label per parameter.
+
+  Raises:
+    ValueError: a rule gives a label that is not one of the four.
+  """
+  own = tuple(rules or ())
+  for pattern, label in own:
+    if label not in LABELS:
+      raise ValueError(
+        f"rules: {pattern!r} gives the label {label!r}; allowed: {LABELS}"
+      )
+
+  def label(path, leaf):
+    name = paths.leaf_name(path)
+    for pattern, value in own:
+      if re.search(pattern, name):
+        return value
+    if len(leaf.shape) < 2:
+      return "vector"
+    for pattern, value in DEFAULT_RULES:
+      if re.search(pattern, name.lower()):
+        return value
+    raise AssertionError("the last default rule matches every name")
+
+  return jax.tree_util.tree_map_with_path(label, params, is_leaf=is_param)
+
+
+def resolve(labels: Labels, params: Any) -> Any:
+  """Turns a factory's `labels=` argument into a checked pytree of labels.
+
+  Args:
+    labels: None (`label_params`), a callable of the parameters, or a pytree
+      of labels; a prefix of the parameters' tree labels whole subtrees.
+    params: the parameters.
+
+  Returns:
+    A pytree like `params` with one label per parameter.
+
+  Raises:
+    ValueError: the tree does not fit, or holds an unknown label.
+  """
+  if labels is None:
+    return label_params(params)
+  tree = labels(params) if callable(labels) else labels
+  try:
+    full = jax.tree.map(
+      lambda label, sub: jax.tree.map(lambda _: label, sub, is_leaf=is_param),
+      tree,
+      params,
+    )
+  except (ValueError, TypeError) as e:
+    raise ValueError(
+      "labels: the tree of labels does not fit the parameters: "
+      f"{jax.tree.structure(tree)} against "
+      f"{jax.tree.structure(params, is_leaf=is_param)}"
+    ) from e
+  for label in jax.tree.leaves(full):
+    if label not in LABELS:
+      raise ValueError(f"labels: got {label!r}; allowed: {LABELS}")
+  return full
