@@ -1,0 +1,164 @@
+"""The parts of a transformer layer, as functions of arrays.
+
+Dimensions: B batch, T query length, S key length, D width, H query heads,
+G key/value heads, K head size, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def weight(leaf: Any, dtype: Any) -> jax.Array:
+  """A parameter as an array of `dtype`: cast, or dequantized if quantized."""
+  if hasattr(leaf, "dequantize"):
+    return leaf.dequantize(dtype)
+  return leaf.astype(dtype)
+
+
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+  """`x @ w`, accumulated in float32, of x's dtype.
+
+  Args:
+    x: `[..., D]`, float32 or bfloat16.
+    w: `[D, F]` of any float dtype; it is cast to x's, while its gradient
+      keeps its own, so a float32 weight under bfloat16 compute gets a
+      gradient that was never rounded to bfloat16.
+
+  Returns:
+    `[..., F]` in `x.dtype`.
+  """
+  if x.dtype == jnp.float32:
+    return x @ w.astype(jnp.float32)
+  return _low_precision_matmul(x, w)
+
+
+def logits(x: jax.Array, head: jax.Array) -> jax.Array:
+  """Float32 `x @ head` of operands in any float dtype, `[..., V]`."""
+  return _dot(x, head, x.ndim - 1, 0)
+
+
+def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+  return jax.lax.dot_general(
+    a,
+    b,
+    (((a_axis,), (b_axis,)), ((), ())),
+    preferred_element_type=jnp.float32,
+  )
+
+
+# Differentiating a dot with float32 output multiplies a float32 cotangent
+# with a bfloat16 operand, which XLA runs at float32 speed; written by hand,
+# all three products have bfloat16 operands.
+@jax.custom_vjp
+def _low_precision_matmul(x, w):
+  return _dot(x, w.astype(x.dtype), x.ndim - 1, 0).astype(x.dtype)
+
+
+def _matmul_fwd(x, w):
+  return _low_precision_matmul(x, w), (x, w)
+
+
+def _matmul_bwd(residuals, g):
+  x, w = residuals
+  dx = _dot(g, w.astype(x.dtype), g.ndim - 1, 1).astype(x.dtype)
+  rows = x.reshape(-1, x.shape[-1])
+  dw = _dot(rows, g.reshape(-1, g.shape[-1]), 0, 0).astype(w.dtype)
+  return dx, dw
+
+
+_low_precision_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
+  """RMSNorm over the last axis (arXiv:1910.07467, eq. 4), `[..., D]`.
+
+  The statistics and the product are float32; the result has x's dtype.
+  """
+  y = x.astype(jnp.float32)
+  scale = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+  return (y * scale * gain.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_table(
+  positions: jax.Array, size: int, theta: float
+) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines of the rotary angles (arXiv:2104.09864, eq. 34).
+
+  Args:
+    positions: int32 `[...]`.
+    size: K, the head size (even).
+    theta: base of the wavelengths.
+
+  Returns:
+    Two float32 arrays `[..., K / 2]`.
+  """
+  frequency = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+  angle = positions[..., None].astype(jnp.float32) * frequency
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Rotates the pairs (i, i + K/2) of every head.
+
+  Args:
+    x: `[B, T, H, K]`.
+    cos: from `rope_table`, `[T, K / 2]` or `[B, T, K / 2]`.
+    sin: likewise.
+
+  Returns:
+    `[B, T, H, K]` in x's dtype; the rotation is computed in float32.
+  """
+  cos, sin = cos[..., None, :], sin[..., None, :]
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  rotated = (first * cos - second * sin, second * cos + first * sin)
+  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  mask: jax.Array | None = None,
+) -> jax.Array:
+  """Softmax attention with grouped heads.
+
+  Args:
+    q: `[B, T, H, K]`.
+    k: `[B, S, G, K]`, G a divisor of H: query head h reads key head
+      `h // (H / G)`.
+    v: `[B, S, G, K]`.
+    mask: bool, broadcastable to `[B, T, S]`, true where attending is allowed.
+
+  Returns:
+    `[B, T, H, K]` in q's dtype; scores and softmax are float32.
+  """
+  b, t, h, size = q.shape
+  groups = k.shape[2]
+  q = q.reshape(b, t, groups, h // groups, size)
+  scores = jnp.einsum(
+    "btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32
+  )
+  scores = scores * size**-0.5
+  if mask is not None:
+    mask = jnp.broadcast_to(mask, jnp.broadcast_shapes(mask.shape, (1, 1, 1)))
+    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+  probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  out = jnp.einsum(
+    "bgrts,bsgk->btgrk", probs, v, preferred_element_type=jnp.float32
+  )
+  return out.astype(q.dtype).reshape(b, t, h, size)
+
+
+# Finite, so that a row with nothing to attend to gives no NaN.
+_MASKED = -1e30
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """`silu(gate) * up` (arXiv:2002.05202), in float32, of gate's dtype."""
+  y = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+  return y.astype(gate.dtype)
