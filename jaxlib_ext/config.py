@@ -1,4 +1,4 @@
-"""Frozen dataclasses as configurations: JSON, dotted overrides, clear errors."""
+"""Frozen dataclasses as configurations: JSON, overrides, clear errors."""
 
 from __future__ import annotations
 

@@ -77,9 +77,9 @@ class Rules:
       ValueError: an unknown logical axis, or a mesh axis used twice.
     """
     entries, used = [], set()
+    allowed = [f.name for f in dataclasses.fields(self)]
     for axis in axes:
-      if axis is not None and not hasattr(self, axis):
-        allowed = [f.name for f in dataclasses.fields(self)]
+      if axis is not None and axis not in allowed:
         raise ValueError(f"unknown logical axis {axis!r}; allowed: {allowed}")
       entry = None if axis is None else getattr(self, axis)
       names = (entry,) if isinstance(entry, str) else tuple(entry or ())
@@ -190,11 +190,12 @@ def state_shardings(tx: Any, params_or_specs: Any, param_shardings: Any) -> Any:
 
   def one(path, leaf):
     names = _names(path)
-    for start in range(len(names) + 1):
-      if names[start:] in owners:
-        shape, sharding = owners[names[start:]]
-        return jax.tree.map(lambda a: _fit(sharding, a.shape, shape), leaf)
-    return jax.tree.map(lambda _: replicated, leaf)
+    tails = (names[start:] for start in range(len(names) + 1))
+    tail = next((tail for tail in tails if tail in owners), None)
+    if tail is None:
+      return jax.tree.map(lambda _: replicated, leaf)
+    shape, sharding = owners[tail]
+    return jax.tree.map(lambda a: _fit(sharding, a.shape, shape), leaf)
 
   return jax.tree_util.tree_map_with_path(
     one, jax.eval_shape(tx.init, params), is_leaf=labels.is_param

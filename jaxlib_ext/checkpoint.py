@@ -1,0 +1,176 @@
+"""Checkpoints that are whole or absent, and checked when they are read.
+
+Orbax writes a checkpoint under a temporary name and renames it, so a kill
+leaves the previous one in place. Beside the state lies a checksum of every
+array, computed on the devices that hold it: a file that was damaged later
+does not come back as plausible numbers.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from jaxlib_ext import paths
+
+
+class CheckpointError(Exception):
+  """A checkpoint that cannot be written, or none that can be read."""
+
+
+@jax.jit
+def checksums(tree: Any) -> dict[str, jax.Array]:
+  """A 32-bit checksum of each leaf: the same on any mesh and process count.
+
+  A sum of the elements' bits, each multiplied by an odd number that depends
+  on its position: every single changed element changes it.
+  """
+  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {paths.leaf_name(path): _checksum(leaf) for path, leaf in flat}
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    x = jax.random.key_data(x)
+  bits = jnp.finfo(x.dtype).bits if _is_float(x) else None
+  if bits is not None and bits < 8:
+    x = x.astype(jnp.float32)
+  elif jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 8:
+    x = x.astype(jnp.int8)
+  elif x.dtype == jnp.bool_:
+    x = x.astype(jnp.uint8)
+  x = jax.lax.bitcast_convert_type(x, _UINTS[x.dtype.itemsize])
+  x = x.astype(jnp.uint32)
+  weight = jnp.uint32(1)  # stays odd, so invertible modulo 2^32
+  for axis in range(x.ndim):
+    position = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    weight = weight * jnp.uint32(2654435761) + 2 * position
+  return jnp.sum(x * weight, dtype=jnp.uint32)
+
+
+_UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
+
+
+def _is_float(x: jax.Array) -> bool:
+  return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+class Checkpointer:
+  """Saves and restores one pytree of arrays by step number.
+
+  Args:
+    directory: made on the first save.
+    keep: how many of the latest checkpoints to keep.
+  """
+
+  def __init__(self, directory: str | pathlib.Path, *, keep: int = 2):
+    self._manager = ocp.CheckpointManager(
+      pathlib.Path(directory).resolve(),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=True, step_prefix="step"
+      ),
+    )
+
+  def steps(self) -> list[int]:
+    """Steps of the finished checkpoints, in order."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, state: Any) -> None:
+    """Starts to write `state`, which may be donated or changed right after.
+
+    Raises:
+      CheckpointError: this or the previous checkpoint could not be written.
+    """
+    sums = {k: int(v) for k, v in checksums(state).items()}
+    with _write_errors():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), checksums=ocp.args.JsonSave(sums)
+        ),
+      )
+
+  def wait(self) -> None:
+    """Waits until the last checkpoint is on disk.
+
+    Raises:
+      CheckpointError: it could not be written.
+    """
+    with _write_errors():
+      self._manager.wait_until_finished()
+
+  def restore(self, step: int, target: Any) -> Any:
+    """Reads the checkpoint of `step`.
+
+    Args:
+      step: one of `steps()`.
+      target: pytree of `jax.ShapeDtypeStruct` with the shardings wanted; they
+        need not be those of the run that wrote it.
+
+    Raises:
+      CheckpointError: the checkpoint is damaged or of another structure.
+    """
+    try:
+      out = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(target),
+          checksums=ocp.args.JsonRestore(),
+        ),
+      )
+    except Exception as e:  # orbax and tensorstore raise many kinds
+      raise CheckpointError(_first_line(e)) from e
+    found = {k: int(v) for k, v in checksums(out["state"]).items()}
+    wrong = [k for k, v in found.items() if out["checksums"].get(k) != v]
+    if wrong:
+      raise CheckpointError(f"the checksum of {wrong[0]!r} does not match")
+    return out["state"]
+
+  def restore_latest(
+    self, target: Any
+  ) -> Iterator[tuple[int, Any | CheckpointError]]:
+    """Tries checkpoints from the latest back; each failure is yielded too.
+
+    Yields:
+      `(step, state)`, or `(step, CheckpointError)` for a damaged one.
+    """
+    for step in reversed(self.steps()):
+      try:
+        yield step, self.restore(step, target)
+      except CheckpointError as e:
+        yield step, e
+
+  def delete(self, step: int) -> None:
+    """Removes a checkpoint."""
+    self._manager.delete(step)
+
+  def close(self) -> None:
+    """Waits for the last write and frees the writer's threads."""
+    self.wait()
+    self._manager.close()
+
+
+class _write_errors:
+  """Turns whatever a failed write raises into a `CheckpointError`."""
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, traceback):
+    if isinstance(error, Exception):
+      raise CheckpointError(
+        f"cannot write the checkpoint: {_first_line(error)}"
+      ) from error
+
+
+def _first_line(error: Exception) -> str:
+  """The root cause of an exception in one line."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  text = str(error).strip() or type(error).__name__
+  return text.splitlines()[0][:300]
