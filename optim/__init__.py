@@ -1,1 +1,9 @@
 """Optax gradient transformations that keep little or no state."""
+
+from jaxlib_ext.labels import label_params as label_params
+from optim.muon import MuonState as MuonState
+from optim.muon import muon as muon
+from optim.muon import scale_by_muon as scale_by_muon
+from optim.orthogonalize import newton_schulz as newton_schulz
+from optim.scale import column_normalized_sgd as column_normalized_sgd
+from optim.scale import scale_by_column_norm as scale_by_column_norm

@@ -1,0 +1,60 @@
+"""Optimizer arithmetic in at least float32, whatever the parameters are in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def at_least_float32(dtype: Any) -> Any:
+  """float32 for anything narrower, else the dtype itself."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def widen(tree: Any) -> Any:
+  """Casts the floating leaves narrower than float32 to float32."""
+
+  def cast(x):
+    if jnp.issubdtype(x.dtype, jnp.floating):
+      return x.astype(at_least_float32(x.dtype))
+    return x
+
+  return jax.tree.map(cast, tree)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+  """Casts each leaf to the dtype of its counterpart."""
+  return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
+def zeros_like(params: Any, dtype: Any = None) -> Any:
+  """Zero moments: `dtype`, or at least float32 where it is None."""
+  return jax.tree.map(
+    lambda p: jnp.zeros_like(p, dtype=dtype or at_least_float32(p.dtype)),
+    params,
+  )
+
+
+def in_float32(
+  inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Runs `inner` on float32 copies of narrower gradients and parameters.
+
+  Its state is then float32 too: a bfloat16 second moment with a decay of
+  0.999, which rounds to 1, would only ever grow. The updates come back in the
+  gradients' dtypes.
+  """
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params):
+    return inner.init(widen(params))
+
+  def update(grads, state, params=None, **extra_args):
+    wide = None if params is None else widen(params)
+    updates, state = inner.update(widen(grads), state, wide, **extra_args)
+    return cast_like(updates, grads), state
+
+  return optax.GradientTransformationExtraArgs(init, update)
