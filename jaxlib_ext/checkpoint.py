@@ -69,10 +69,14 @@ class Checkpointer:
   """
 
   def __init__(self, directory: str | pathlib.Path, *, keep: int = 2):
+    self._directory = pathlib.Path(directory).resolve()
     self._manager = ocp.CheckpointManager(
-      pathlib.Path(directory).resolve(),
+      self._directory,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=True, step_prefix="step"
+        max_to_keep=keep,
+        create=True,
+        step_prefix="step",
+        cleanup_tmp_directories=True,
       ),
     )
 
@@ -145,9 +149,10 @@ class Checkpointer:
       except CheckpointError as e:
         yield step, e
 
-  def delete(self, step: int) -> None:
-    """Removes a checkpoint."""
-    self._manager.delete(step)
+  def set_aside(self, step: int, destination: str | pathlib.Path) -> None:
+    """Moves a damaged checkpoint out of the way of a new one."""
+    self._directory.joinpath(f"step_{step}").rename(destination)
+    self._manager.reload()
 
   def close(self) -> None:
     """Waits for the last write and frees the writer's threads."""

@@ -179,9 +179,9 @@ def check(value: Any, kind: Any, where: str) -> Any:
   raise ConfigError(f"{where}: got {value!r}, expected {name}")
 
 
-def differences(a: Any, b: Any) -> list[str]:
-  """Lines `"path: value in a → value in b"` where two configurations differ."""
-  left, right = _flatten(to_dict(a)), _flatten(to_dict(b))
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+  """Lines `"path: value in a → value in b"` where two `to_dict`s differ."""
+  left, right = _flatten(a), _flatten(b)
   return [
     f"{k}: {left.get(k)!r} → {right.get(k)!r}"
     for k in sorted(left.keys() | right.keys())

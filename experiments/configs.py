@@ -1,0 +1,282 @@
+"""Named experiments, and how `--set` changes them.
+
+A config says everything that decides a run's numbers. `resolve` turns a name
+and a list of overrides into one; the result is written as `config.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from experiments import errors, optimizers
+from jaxlib_ext import config as config_lib
+from jaxlib_ext import quantization
+from models import transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """The model: a preset's fields, then these.
+
+  Attributes:
+    preset: of `models.transformer.llama`; "" starts from `Config()`.
+    fields: any fields of `models.transformer.Config`. Where neither gives
+      `vocab_size`, the tokenizer's is taken.
+  """
+
+  preset: str = ""
+  fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def build(self, vocab_size: int) -> transformer.Config:
+    """The model's config, for a tokenizer of `vocab_size` ids."""
+    fields = {"vocab_size": vocab_size, **self.fields}
+    if self.preset:
+      return transformer.llama(self.preset, **fields)
+    return transformer.Config(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """The optimizer and its learning-rate schedule.
+
+  Attributes:
+    name: one of `experiments.optimizers.names()`.
+    learning_rate: at the top of the schedule; None takes the name's own
+      default (`experiments.optimizers.DEFAULTS`).
+    weight_decay: decoupled, not applied to vectors; None as above.
+    schedule: what follows the warm-up.
+    final_fraction: the last step's share of `learning_rate`.
+    clip_norm: bound on the global norm of the gradient; 0 is none.
+    arguments: further keyword arguments of the factory.
+  """
+
+  name: str = "adamw"
+  learning_rate: float | None = None
+  weight_decay: float | None = None
+  schedule: Literal["cosine", "linear", "constant"] = "cosine"
+  final_fraction: float = 0.1
+  clip_norm: float = 0.0
+  arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+  """How `eco` stores the matrices: a format of `jaxlib_ext.quantization`."""
+
+  format: str = "int4:32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """How long, on what batches, and what is written when (all in steps).
+
+  Attributes:
+    steps: optimizer steps in all.
+    batch_size: sequences per step, over all devices.
+    seq_len: tokens per sequence.
+    warmup_steps: linear warm-up to the full learning rate.
+    seed: of the parameters, the data order and the rounding.
+    checkpoint_every: 0 saves only at the end and on a signal.
+    eval_every: 0 evaluates only at the end.
+    eval_batches: held-out batches per evaluation, evenly spread; 0 is all.
+    log_every: records and progress.
+  """
+
+  steps: int = 1000
+  batch_size: int = 16
+  seq_len: int = 256
+  warmup_steps: int = 100
+  seed: int = 0
+  checkpoint_every: int = 200
+  eval_every: int = 200
+  eval_batches: int = 16
+  log_every: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """Devices along each mesh axis; their product is what the run uses."""
+
+  data: int = 1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Where the text comes from.
+
+  Attributes:
+    source: "python" (this interpreter's standard library), "files" or
+      "shards" (what `experiments.write_shards` wrote).
+    path: file, directory or glob, for "files" and "shards".
+    tokenizer: "bytes", "bpe:SIZE" (trained on the training files) or the
+      path of a tokenizer.json; shards bring their own.
+    held_out: share of the bytes, in whole files, kept for evaluation.
+  """
+
+  source: Literal["python", "files", "shards"] = "python"
+  path: str = ""
+  tokenizer: str = "bytes"
+  held_out: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One pretraining run."""
+
+  name: str
+  model: Model = Model()
+  optimizer: Optimizer = Optimizer()
+  quantization: Quantization = Quantization()
+  training: Training = Training()
+  mesh: Mesh = Mesh()
+  data: Data = Data()
+
+
+# What a resumed run may change: none of it changes the numbers, save that
+# another mesh adds the same terms in another order.
+RESUMABLE = ("mesh.", "training.checkpoint_every", "training.log_every")
+
+
+def _smoke() -> Config:
+  """`--config=smoke`: the whole path in under 30 seconds; learns little."""
+  return Config(
+    name="smoke",
+    model=Model(fields=dict(d_model=64, num_layers=2, num_heads=2, d_ff=176)),
+    training=Training(
+      steps=60,
+      batch_size=8,
+      seq_len=128,
+      warmup_steps=6,
+      checkpoint_every=20,
+      eval_every=20,
+      eval_batches=4,
+      log_every=5,
+    ),
+  )
+
+
+def _tiny() -> Config:
+  """`make pretrain`: a small language model of Python source code.
+
+  Under 5 minutes on 2 CPU cores; the README shows what it prints.
+  """
+  return Config(
+    name="tiny",
+    model=Model(fields=dict(d_model=192, num_layers=4, num_heads=4, d_ff=512)),
+    training=Training(
+      steps=600,
+      batch_size=16,
+      seq_len=256,
+      warmup_steps=60,
+      checkpoint_every=100,
+      eval_every=100,
+      eval_batches=16,
+      log_every=10,
+    ),
+    data=Data(tokenizer="bpe:2048"),
+  )
+
+
+CONFIGS = {"smoke": _smoke, "tiny": _tiny}
+
+
+def resolve(name: str, overrides: Sequence[str] = ()) -> Config:
+  """The named config with `path.to.field=value` overrides applied.
+
+  Raises:
+    UserError: an unknown name, field or value, with the nearest names.
+  """
+  if name not in CONFIGS:
+    raise errors.UserError(
+      f"--config: no config {name!r}; {config_lib.nearest(name, CONFIGS)}"
+    )
+  config = CONFIGS[name]()
+  try:
+    for item in sorted(overrides, key=_order):
+      config = _override(config, item)
+    return _checked(config)
+  except ValueError as e:
+    raise errors.UserError(f"--set: {e}") from e
+
+
+def _order(item: str) -> int:
+  """The preset and the optimizer's name go first: others refine them."""
+  first = ("model.preset=", "optimizer.name=")
+  return 0 if item.startswith(first) else 1
+
+
+def _override(config: Config, item: str) -> Config:
+  path, equals, value = item.partition("=")
+  if not equals:
+    raise errors.UserError(f"got {item!r}, expected path.to.field=value")
+  group, _, field = path.partition(".")
+  if group == "model" and field not in ("", "preset"):
+    kinds = transformer.Config.__annotations__
+    if field not in kinds:
+      raise errors.UserError(
+        f"unknown field {path!r}; "
+        f"{config_lib.nearest(field, ['preset', *kinds])}"
+      )
+    parsed = getattr(
+      config_lib.replace(transformer.Config(), field, value), field
+    )
+    fields = {**config.model.fields, field: parsed}
+    return dataclasses.replace(
+      config, model=dataclasses.replace(config.model, fields=fields)
+    )
+  if path == "model.preset" and value:
+    fields = dict(config.model.fields)
+    for shape in transformer.llama(value).__dict__:
+      fields.pop(shape, None)
+    model = Model(preset=value, fields=fields)
+    return dataclasses.replace(config, model=model)
+  own = {f.name for f in dataclasses.fields(Optimizer)} - {"arguments"}
+  if group == "optimizer" and field and field not in own:
+    name = config.optimizer.name
+    parsed = optimizers.parse_argument(name, field, value, sorted(own))
+    arguments = {**config.optimizer.arguments, field: parsed}
+    return dataclasses.replace(
+      config,
+      optimizer=dataclasses.replace(config.optimizer, arguments=arguments),
+    )
+  return config_lib.replace(config, path, value)
+
+
+def _checked(config: Config) -> Config:
+  """Fills in the optimizer's defaults and refuses values out of range."""
+  training, data = config.training, config.data
+  for field in ("steps", "batch_size", "seq_len", "log_every"):
+    _bound(f"training.{field}", getattr(training, field), 1)
+  for field in (
+    "warmup_steps",
+    "seed",
+    "checkpoint_every",
+    "eval_every",
+    "eval_batches",
+  ):
+    _bound(f"training.{field}", getattr(training, field), 0)
+  for axis in dataclasses.fields(Mesh):
+    _bound(f"mesh.{axis.name}", getattr(config.mesh, axis.name), 1)
+  if not 0 < data.held_out < 1:
+    raise errors.UserError(
+      f"data.held_out: got {data.held_out}, allowed: between 0 and 1"
+    )
+  if data.source != "python" and not data.path:
+    raise errors.UserError(f"data.source={data.source} needs data.path")
+  quantization.Format.parse(config.quantization.format)
+  config.model.build(vocab_size=256)
+  optimizer = optimizers.with_defaults(config.optimizer)
+  _bound("optimizer.learning_rate", optimizer.learning_rate, 0)
+  _bound("optimizer.weight_decay", optimizer.weight_decay, 0)
+  _bound("optimizer.clip_norm", optimizer.clip_norm, 0)
+  optimizers.build(optimizer, training.steps, training.warmup_steps, 0)
+  return dataclasses.replace(config, optimizer=optimizer)
+
+
+def _bound(name: str, value: float, least: float) -> None:
+  if not least <= value < float("inf"):
+    raise errors.UserError(f"{name}: got {value}, allowed: at least {least}")

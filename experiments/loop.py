@@ -1,0 +1,447 @@
+"""The pretraining loop: a directory in, a trained model and its records out.
+
+Everything a run knows lies in its directory, and every decision depends on
+the step number alone, so a run that was killed and started again writes the
+same numbers as one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import signal
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from experiments import configs, data, errors, reports, trainer
+from jaxlib_ext import checkpoint, records, sharding
+from jaxlib_ext import config as config_lib
+from models import sampling
+
+
+class Interrupt:
+  """Turns the first SIGINT or SIGTERM into a flag; the second one kills."""
+
+  def __init__(self):
+    self._name = None
+    self._previous = {}
+
+  def __enter__(self) -> Interrupt:
+    for number in (signal.SIGINT, signal.SIGTERM):
+      self._previous[number] = signal.signal(number, self._note)
+    return self
+
+  def __exit__(self, *exc) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def _note(self, number, frame):
+    self._name = signal.Signals(number).name
+    signal.signal(number, signal.SIG_DFL)
+
+  def seen(self) -> str | None:
+    """The signal's name once any process of the run has got one."""
+    if jax.process_count() == 1:
+      return self._name
+    flags = multihost_utils.process_allgather(
+      np.asarray(self._name is not None)
+    )
+    return (
+      (self._name or "a signal to another process") if flags.any() else None
+    )
+
+
+class Run:
+  """One pretraining run in one directory.
+
+  Args:
+    config: as `configs.resolve` gives it.
+    workdir: made if absent; another config's directory is refused.
+
+  Raises:
+    UserError: bad data, an impossible mesh, or another config's directory.
+  """
+
+  def __init__(self, config: configs.Config, workdir: pathlib.Path):
+    self.config, self.workdir = config, workdir
+    self.main = jax.process_index() == 0
+    self.metrics_path = workdir / "metrics.jsonl"
+    mesh = self._mesh()
+    self._claim()
+    self.corpus = self._load_corpus()
+    cfg = self._model_config()
+    self.trainer = trainer.Trainer(config, cfg, mesh)
+    self._write_config(cfg)
+
+  def _mesh(self) -> jax.sharding.Mesh:
+    axes = dataclasses.asdict(self.config.mesh)
+    try:
+      mesh = sharding.make_mesh(axes)
+    except ValueError as e:
+      raise errors.UserError(
+        f"mesh: {e} (JAX_NUM_CPU_DEVICES=N simulates N on a CPU)"
+      ) from e
+    if jax.process_count() > 1 and mesh.size != jax.device_count():
+      raise errors.UserError(
+        f"mesh: {axes} uses {mesh.size} devices; a run of several processes "
+        f"must use all {jax.device_count()}"
+      )
+    return mesh
+
+  def _claim(self) -> None:
+    """Refuses the directory of another run before anything is written."""
+    if self.workdir.exists() and not self.workdir.is_dir():
+      raise errors.UserError(f"--workdir: {self.workdir} is not a directory")
+    path = self.workdir / "config.json"
+    self.stored = None
+    if path.exists():
+      try:
+        self.stored = json.loads(path.read_text(encoding="utf-8"))
+        old = self.stored["config"]
+      except (ValueError, KeyError, TypeError) as e:
+        raise errors.UserError(f"--workdir: cannot read {path}: {e}") from e
+      changed = [
+        line
+        for line in config_lib.differences(old, config_lib.to_dict(self.config))
+        if not line.startswith(configs.RESUMABLE)
+      ]
+      if changed:
+        raise errors.UserError(
+          f"--workdir: {self.workdir} holds a run of another config "
+          f"({'; '.join(changed)}); choose another --workdir"
+        )
+    elif self.workdir.exists() and any(
+      (self.workdir / name).exists() for name in ("checkpoints", "summary.json")
+    ):
+      raise errors.UserError(
+        f"--workdir: {self.workdir} holds checkpoints but no config.json; "
+        "choose another --workdir"
+      )
+    self.workdir.mkdir(parents=True, exist_ok=True)
+
+  def _load_corpus(self) -> data.Corpus:
+    """One process trains the tokenizer, the others read what it wrote."""
+    load = lambda: data.load_corpus(
+      source=self.config.data.source,
+      path=self.config.data.path,
+      tokenizer=self.config.data.tokenizer,
+      held_out=self.config.data.held_out,
+      cache_dir=self.workdir,
+    )
+    if self.main:
+      corpus = load()
+    multihost_utils.sync_global_devices("tokenizer")
+    if not self.main:
+      corpus = load()
+    if self.stored and self.stored["corpus"]["hash"] != corpus.hash:
+      raise errors.UserError(
+        f"data: the corpus has changed since this run began: hash "
+        f"{self.stored['corpus']['hash']} then, {corpus.hash} now"
+      )
+    return corpus
+
+  def _model_config(self):
+    vocab = self.corpus.tokenizer.vocab_size
+    try:
+      cfg = self.config.model.build(vocab)
+    except ValueError as e:
+      raise errors.UserError(f"model: {e}") from e
+    if cfg.vocab_size < vocab:
+      raise errors.UserError(
+        f"model.vocab_size: got {cfg.vocab_size}; the tokenizer "
+        f"{self.config.data.tokenizer!r} needs at least {vocab}"
+      )
+    return cfg
+
+  def _write_config(self, cfg) -> None:
+    if self.main:
+      records.write_json(
+        self.workdir / "config.json",
+        {
+          "config": config_lib.to_dict(self.config),
+          "model": config_lib.to_dict(cfg),
+          "corpus": self.corpus.describe(),
+        },
+      )
+
+  def restore(self) -> trainer.TrainState:
+    """The latest readable checkpoint's state, or the initial one."""
+    self.checkpoints = checkpoint.Checkpointer(self.workdir / "checkpoints")
+    damaged, state = [], None
+    for step, found in self.checkpoints.restore_latest(self.trainer.target):
+      if not isinstance(found, checkpoint.CheckpointError):
+        state = found
+        break
+      damaged.append(step)
+      logging.error("checkpoint of step %d is damaged: %s", step, found)
+    if damaged and state is None:
+      raise errors.UserError(
+        f"none of the checkpoints in {self.workdir / 'checkpoints'} can be "
+        "read; move that directory away to begin again"
+      )
+    for step in damaged:
+      self.checkpoints.set_aside(step, self.workdir / f"damaged_step_{step}")
+    return self.trainer.init() if state is None else state
+
+  def train(self) -> dict[str, Any]:
+    """Runs to the end or to a signal.
+
+    Returns:
+      What `summary.json` holds; empty where a signal ended the run early.
+
+    Raises:
+      UserError: no readable checkpoint, or a loss that is not finite.
+    """
+    training = self.config.training
+    state = self.restore()
+    first = step = int(state.step)
+    if self.main:
+      records.keep(self.metrics_path, lambda m: m["step"] <= first)
+    stream = data.Stream(
+      self.corpus.train,
+      batch_size=training.batch_size,
+      seq_len=training.seq_len,
+      seed=training.seed,
+    )
+    self._banner(first)
+    with (
+      Interrupt() as interrupt,
+      data.Prefetcher(stream.batch, first) as batches,
+      Meter(self, first) as meter,
+    ):
+      signalled = None
+      while step < training.steps and not signalled:
+        batch = self.trainer.place(next(batches))
+        state, metrics = self.trainer.step(state, batch)
+        step += 1
+        signalled = interrupt.seen()
+        last = step == training.steps
+        record = {}
+        if last or _due(step, training.log_every):
+          record |= meter.measure(step, metrics)
+        if last or _due(step, training.eval_every):
+          record |= self._evaluation(self.trainer.exported(state))
+        if record:
+          meter.write(step, record)
+        if last or signalled or _due(step, training.checkpoint_every):
+          self.checkpoints.save(step, state)
+        if record or last or signalled:
+          meter.restart(step)
+    self.checkpoints.close()
+    if step < training.steps:
+      self._say(
+        f"{signalled}: saved step {step} of {training.steps}; "
+        "the same command continues"
+      )
+      return {}
+    return self._finish(state)
+
+  def _evaluation(self, params: Any) -> dict[str, float]:
+    training = self.config.training
+    loss = self.trainer.evaluate(
+      params,
+      data.eval_batches(
+        self.corpus.eval,
+        batch_size=training.batch_size,
+        seq_len=training.seq_len,
+        max_batches=training.eval_batches,
+      ),
+    )
+    out = {"eval_loss": loss}
+    if self.corpus.eval_bytes_per_token:
+      out["eval_bits_per_byte"] = self._bits_per_byte(loss)
+    return out
+
+  def _bits_per_byte(self, nats_per_token: float) -> float:
+    return nats_per_token / math.log(2) / self.corpus.eval_bytes_per_token
+
+  def _say(self, text: str) -> None:
+    if self.main:
+      print(text, flush=True)
+
+  def _banner(self, first: int) -> None:
+    """What a reader needs to judge the numbers that follow."""
+    run, cfg = self.trainer, self.trainer.cfg
+    size, training = run.state_bytes(), self.config.training
+    optimizer = self.config.optimizer
+    self._say(
+      f"data       {self.corpus.summary()}\n"
+      f"model      {run.num_params:,} parameters: {cfg.num_layers} layers of "
+      f"{cfg.d_model}, vocabulary {cfg.vocab_size}, {cfg.compute_dtype}\n"
+      f"optimizer  {optimizer.name}, learning rate {optimizer.learning_rate:g}"
+      f", weight decay {optimizer.weight_decay:g}: parameters "
+      f"{reports.bytes_text(size['params'])} + state "
+      f"{reports.bytes_text(size['state'])} per device\n"
+      f"training   {training.steps} steps of {training.batch_size} x "
+      f"{training.seq_len} tokens on {run.mesh.size} "
+      f"{run.mesh.devices.flat[0].device_kind} device(s), "
+      f"{'from the start' if not first else f'resuming after step {first}'}"
+    )
+
+  def _finish(self, state: trainer.TrainState) -> dict[str, Any]:
+    """The plot, the sample, the summary and the last words."""
+    metrics = records.read(self.metrics_path)
+    baselines = self.corpus.baselines()
+    params = self.trainer.exported(state)
+    sample = self._sample(params)
+    evals = [m["eval_loss"] for m in metrics if "eval_loss" in m]
+    final = evals[-1]
+    size = self.trainer.state_bytes()
+    summary = {
+      "name": self.config.name,
+      "step": self.config.training.steps,
+      "tokens": metrics[-1]["tokens"],
+      "parameters": self.trainer.num_params,
+      "final_loss": metrics[-1]["loss"],
+      "final_eval_loss": final,
+      "best_eval_loss": min(evals),
+      "perplexity": math.exp(final),
+      "bits_per_byte": metrics[-1].get("eval_bits_per_byte"),
+      "baselines": baselines,
+      "params_bytes": size["params"],
+      "optimizer_state_bytes": size["state"],
+      "peak_bytes": self.trainer.peak_bytes(),
+      "wall_time": metrics[-1]["seconds"],
+      "sample": sample,
+      "corpus": self.corpus.describe(),
+      **records.provenance(),
+    }
+    if self.trainer.quantized:
+      summary["stored_eval_loss"] = self._evaluation(state.params)["eval_loss"]
+    if self.main:
+      reports.plot_loss(
+        self.workdir / "loss.png",
+        metrics,
+        title=f"{self.config.name}: {self.config.optimizer.name}",
+        lines={
+          name: value["nats_per_token"] for name, value in baselines.items()
+        },
+      )
+      records.write_json(self.workdir / "summary.json", summary)
+    self._last_words(summary)
+    return summary
+
+  def _last_words(self, summary: dict[str, Any]) -> None:
+    bits = summary["bits_per_byte"]
+    lines = [
+      f"held-out loss {summary['final_eval_loss']:.4f} nats per token, "
+      f"perplexity {summary['perplexity']:.2f}"
+      + (f", {bits:.3f} bits per byte" if bits else "")
+    ]
+    for name, value in summary["baselines"].items():
+      lines.append(
+        f"  the same files by {name}: {value['bits_per_byte']:.3f} bits per "
+        "byte"
+      )
+    lines += [
+      "a sample:",
+      *(f"  | {line}" for line in summary["sample"].splitlines()),
+      f"written to {self.workdir}: summary.json, metrics.jsonl, loss.png, "
+      "tensorboard/, checkpoints/",
+    ]
+    self._say("\n".join(lines))
+
+  def _sample(self, params: Any, length: int = 160) -> str:
+    """Continues the first held-out tokens."""
+    prompt = np.asarray(self.corpus.eval[:32], np.int32)
+    tokens = sampling.sample(
+      jax.random.key(self.config.training.seed),
+      params,
+      jnp.asarray(prompt[None]),
+      cfg=self.trainer.cfg,
+      steps=length,
+      temperature=0.8,
+      top_p=0.95,
+    )
+    text = self.corpus.tokenizer.decode
+    return f"{text(prompt)}⟶{text(np.asarray(tokens)[0, -length:])}"
+
+
+class Meter:
+  """Turns a step's metrics into a record, a progress bar and events.
+
+  Args:
+    run: the `Run` it measures.
+    first: steps completed before.
+  """
+
+  def __init__(self, run: Run, first: int):
+    self._run = run
+    self._flops = run.trainer.flops_per_token()
+    rate = reports.matmul_rate(jnp.dtype(run.trainer.cfg.compute_dtype))
+    mesh = run.trainer.mesh
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    # Simulated CPU devices share one processor.
+    self._peak = rate * (jax.process_count() if on_cpu else mesh.size)
+    past = records.read(run.metrics_path)
+    self._seconds = past[-1]["seconds"] if past else 0.0
+    self._bar = reports.progress(run.config.training.steps, first, run.main)
+    self._board = None
+    if run.main:
+      self._board = reports.TensorBoard(run.workdir / "tensorboard", first)
+    run.trainer.compile()  # so that the first rate is that of training
+    self.restart(first)
+
+  def __enter__(self) -> Meter:
+    return self
+
+  def __exit__(self, *exc) -> None:
+    self._bar.close()
+    if self._board:
+      self._board.close()
+
+  def restart(self, step: int) -> None:
+    """Begins a new interval: evaluations and checkpoints are not training."""
+    self._step, self._start = step, time.perf_counter()
+
+  def measure(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, Any]:
+    """Waits for the step and measures the interval that it ends.
+
+    Raises:
+      UserError: the loss is not finite.
+    """
+    config = self._run.config
+    values = {name: float(value) for name, value in metrics.items()}
+    elapsed = time.perf_counter() - self._start
+    self._seconds += elapsed
+    if not math.isfinite(values["loss"]):
+      raise errors.UserError(
+        f"the loss is {values['loss']} at step {step}; the last checkpoint is "
+        "kept; try a lower optimizer.learning_rate or optimizer.clip_norm=1"
+      )
+    per_step = config.training.batch_size * config.training.seq_len
+    rate = (step - self._step) * per_step / elapsed
+    share = rate * self._flops / self._peak
+    self._bar.set_postfix_str(
+      f"loss {values['loss']:.3f}, {rate:,.0f} tok/s, {share:.0%} of matmul "
+      "rate",
+      refresh=False,
+    )
+    self._bar.update(step - self._bar.n)
+    return {
+      "tokens": step * per_step,
+      **values,
+      "tokens_per_second": rate,
+      "matmul_share": share,
+      "peak_bytes": self._run.trainer.peak_bytes(),
+      "seconds": self._seconds,
+    }
+
+  def write(self, step: int, record: dict[str, Any]) -> None:
+    """Appends one line to metrics.jsonl and to TensorBoard's events."""
+    record = {"step": step, **record, "corpus": self._run.corpus.hash}
+    if self._run.main:
+      records.append(self._run.metrics_path, record)
+      self._board.write(record)
+
+
+def _due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0

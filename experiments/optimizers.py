@@ -1,0 +1,208 @@
+"""Optimizers by name: how a config becomes an optax transformation."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+import optim
+from experiments import errors
+from jaxlib_ext import config as config_lib
+from jaxlib_ext import labels
+
+
+def _sgd(
+  learning_rate: optax.ScalarOrSchedule,
+  momentum: float = 0.9,
+  nesterov: bool = False,
+  weight_decay: float = 0.0,
+  mask: Any = None,
+) -> optax.GradientTransformation:
+  """`optax.sgd` with decoupled weight decay."""
+  return optax.chain(
+    optax.trace(momentum, nesterov) if momentum else optax.identity(),
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+FACTORIES: dict[str, Callable[..., optax.GradientTransformation]] = {
+  "adamw": optax.adamw,
+  "lion": optax.lion,
+  "sgd": _sgd,
+  "muon": optim.muon,
+  "column_normalized_sgd": optim.column_normalized_sgd,
+  "eco": optim.eco,
+}
+ALIASES = {"scale": "column_normalized_sgd"}
+
+# What a name stands for where the config is silent: found by the sweep in
+# experiments/records/tiny_sweep.jsonl.
+DEFAULTS: dict[str, dict[str, Any]] = {
+  "adamw": dict(learning_rate=3e-3, weight_decay=0.1, b2=0.95),
+  "lion": dict(learning_rate=5e-4, weight_decay=0.3),
+  "sgd": dict(learning_rate=0.1, weight_decay=0.0),
+  "muon": dict(learning_rate=3e-3, weight_decay=0.1),
+  "column_normalized_sgd": dict(
+    learning_rate=3e-3, weight_decay=0.1, vector_learning_rate=3e-3
+  ),
+  "eco": dict(learning_rate=3e-3, weight_decay=0.1, inner="rms"),
+}
+
+# The directions that `optimizer.inner` of eco names.
+INNER = {
+  "none": lambda: None,
+  "rms": lambda: optax.scale_by_rms(decay=0.95, eps=1e-8, bias_correction=True),
+  "sign": optax.scale_by_sign,
+  "muon": lambda: optim.scale_by_muon(momentum=0.0, nesterov=False),
+  "column_norm": optim.scale_by_column_norm,
+}
+
+# Arguments that no flag can spell, or that the config gives in another way.
+_RESERVED = {
+  "learning_rate", "weight_decay", "labels", "fallback", "mask", "seed",
+  "weight_decay_mask", "matrix_axes",
+}  # fmt: skip
+
+
+def names() -> list[str]:
+  """Every name that `optimizer.name` takes."""
+  return sorted([*FACTORIES, *ALIASES])
+
+
+def canonical(name: str) -> str:
+  """The factory's own name.
+
+  Raises:
+    UserError: unknown, with the nearest names.
+  """
+  name = ALIASES.get(name, name)
+  if name not in FACTORIES:
+    raise errors.UserError(
+      f"optimizer.name: no optimizer {name!r}; "
+      f"{config_lib.nearest(name, names())}"
+    )
+  return name
+
+
+def parse_argument(
+  name: str, argument: str, value: str, others: Sequence[str]
+) -> Any:
+  """Reads the text of `optimizer.<argument>` for the factory of `name`.
+
+  Args:
+    name: the optimizer's.
+    argument: a keyword argument of its factory.
+    value: as given on the command line.
+    others: further names that `optimizer.` knows, for the message.
+
+  Raises:
+    UserError: no such argument, or a value of another type than the default.
+  """
+  where = f"optimizer.{argument}"
+  parameters = inspect.signature(FACTORIES[canonical(name)]).parameters
+  known = [p for p in parameters if p not in _RESERVED]
+  if argument not in known:
+    raise errors.UserError(
+      f"unknown field {where!r} with optimizer.name={name}; "
+      f"{config_lib.nearest(argument, [*known, *others])}"
+    )
+  if argument == "inner":
+    if value not in INNER:
+      raise errors.UserError(
+        f"{where}: got {value!r}; {config_lib.nearest(value, INNER)}"
+      )
+    return value
+  default = parameters[argument].default
+  kind = type(default) if type(default) in (int, float, bool, str) else Any
+  if kind is not str:
+    return config_lib.check(value, kind, where)
+  return config_lib.literal(value)
+
+
+def with_defaults(optimizer: Any) -> Any:
+  """Fills what an `experiments.configs.Optimizer` leaves open."""
+  name = canonical(optimizer.name)
+  defaults = dict(DEFAULTS[name])
+  own = {}
+  for field in ("learning_rate", "weight_decay"):
+    value = defaults.pop(field)
+    if getattr(optimizer, field) is None:
+      own[field] = value
+  return dataclasses.replace(
+    optimizer, **own, arguments={**defaults, **optimizer.arguments}
+  )
+
+
+def schedule(
+  optimizer: Any, peak: float, steps: int, warmup_steps: int
+) -> optax.Schedule:
+  """Linear warm-up from peak/warmup, then the config's decay.
+
+  The first step has a learning rate above 0 and the last step has
+  `peak * final_fraction`.
+  """
+  final = optimizer.final_fraction
+  decay_steps = max(steps - 1 - warmup_steps, 1)
+
+  def value(count):
+    done = jnp.clip((count - warmup_steps) / decay_steps, 0.0, 1.0)
+    if optimizer.schedule == "cosine":
+      share = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+    elif optimizer.schedule == "linear":
+      share = 1 - (1 - final) * done
+    else:
+      share = jnp.ones_like(done)
+    warm = jnp.minimum((count + 1) / max(warmup_steps, 1), 1.0)
+    return peak * warm * share
+
+  return value
+
+
+def build(
+  optimizer: Any, steps: int, warmup_steps: int, seed: int
+) -> optax.GradientTransformation:
+  """Makes the transformation of a config whose defaults are filled in.
+
+  Args:
+    optimizer: an `experiments.configs.Optimizer`.
+    steps: of the whole run, where the schedule ends.
+    warmup_steps: of the schedule.
+    seed: of whatever the optimizer draws.
+
+  Raises:
+    UserError: what the factory refuses.
+  """
+  name = canonical(optimizer.name)
+  rate = schedule(optimizer, optimizer.learning_rate, steps, warmup_steps)
+  kwargs = dict(optimizer.arguments)
+  for key in [k for k in kwargs if k.endswith("_learning_rate")]:
+    if kwargs[key] is not None:
+      kwargs[key] = schedule(optimizer, kwargs[key], steps, warmup_steps)
+  if "inner" in kwargs:
+    kwargs["inner"] = INNER[kwargs["inner"]]()
+  parameters = inspect.signature(FACTORIES[name]).parameters
+  if "seed" in parameters:
+    kwargs["seed"] = seed
+  if "mask" in parameters:
+    kwargs["mask"] = lambda params: _decayed(params)
+  try:
+    tx = FACTORIES[name](rate, weight_decay=optimizer.weight_decay, **kwargs)
+  except (TypeError, ValueError) as e:
+    raise errors.UserError(f"optimizer.name={name}: {e}") from e
+  if optimizer.clip_norm:
+    tx = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), tx)
+  return tx
+
+
+def _decayed(params: Any) -> Any:
+  import jax
+
+  return jax.tree.map(
+    lambda label: label != "vector", labels.resolve(None, params)
+  )

@@ -1,0 +1,201 @@
+"""The training step: state, shardings, one compiled function.
+
+A `Trainer` is pure bookkeeping around three jitted functions (initialise,
+step, evaluate). It neither reads files nor prints.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+import optim
+from experiments import configs, errors, optimizers
+from jaxlib_ext import quantization, sharding, specs
+from models import transformer
+
+
+class TrainState(NamedTuple):
+  """All that a step changes, and all that a checkpoint holds.
+
+  Attributes:
+    step: int32 scalar, completed steps; the data order follows from it.
+    params: the parameters; matrices are `QTensor`s under `eco`.
+    opt_state: the optimizer's.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+
+
+class Trainer:
+  """One model, one optimizer and one mesh.
+
+  Args:
+    config: with the optimizer's defaults filled in.
+    cfg: the model.
+    mesh: with axes "data", "fsdp" and "tensor".
+
+  Raises:
+    UserError: a batch or a parameter that the mesh does not divide.
+  """
+
+  def __init__(
+    self,
+    config: configs.Config,
+    cfg: transformer.Config,
+    mesh: jax.sharding.Mesh,
+  ):
+    training = config.training
+    self.config, self.cfg, self.mesh = config, cfg, mesh
+    self.quantized = optimizers.canonical(config.optimizer.name) == "eco"
+    self.tx = optimizers.build(
+      config.optimizer, training.steps, training.warmup_steps, training.seed
+    )
+    rules = sharding.Rules()
+    batch_spec = rules.spec(("batch", None), mesh)
+    self.batch_sharding = NamedSharding(mesh, batch_spec)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if training.batch_size % parts:
+      raise errors.UserError(
+        f"training.batch_size: {training.batch_size} sequences do not divide "
+        f"over mesh.data * mesh.fsdp = {parts}"
+      )
+    tree = transformer.param_specs(cfg)
+    try:
+      self._weights = sharding.shardings(tree, mesh, rules)
+    except ValueError as e:
+      raise errors.UserError(f"mesh: {e}") from e
+    self.num_params = specs.count(tree)
+    self.shardings = self._state_shardings()
+
+  def _init(self) -> TrainState:
+    key = jax.random.key(self.config.training.seed)
+    params = transformer.init(key, self.cfg)
+    if self.quantized:
+      params = quantization.quantize_tree(
+        params, self.config.quantization.format
+      )
+    return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params))
+
+  def _state_shardings(self) -> TrainState:
+    params = jax.eval_shape(self._init).params
+    return TrainState(
+      NamedSharding(self.mesh, PartitionSpec()),
+      sharding.expand(params, self._weights),
+      sharding.state_shardings(self.tx, params, self._weights),
+    )
+
+  @functools.cached_property
+  def target(self) -> TrainState:
+    """The state as `jax.ShapeDtypeStruct`s with their shardings."""
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      jax.eval_shape(self._init),
+      self.shardings,
+    )
+
+  def init(self) -> TrainState:
+    """The state before the first step; the same numbers on every mesh."""
+    return jax.jit(self._init, out_shardings=self.shardings)()
+
+  def _step(self, state: TrainState, tokens: jax.Array):
+    weights = quantization.dequantize_tree(state.params, jnp.float32)
+    loss = functools.partial(transformer.loss, cfg=self.cfg)
+    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
+      weights, tokens[:, :-1], tokens[:, 1:]
+    )
+    updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
+    params = optim.apply_updates(state.params, updates)
+    metrics = {"loss": metrics["nll"], "grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  @functools.cache
+  def compile(self) -> jax.stages.Compiled:
+    """`(state, tokens [B, T + 1]) -> (state, metrics)`, state donated.
+
+    Compiled ahead of time for one shape: a step that would compile again
+    raises instead.
+    """
+    training = self.config.training
+    tokens = jax.ShapeDtypeStruct(
+      (training.batch_size, training.seq_len + 1),
+      jnp.int32,
+      sharding=self.batch_sharding,
+    )
+    replicated = NamedSharding(self.mesh, PartitionSpec())
+    step = jax.jit(
+      self._step,
+      donate_argnums=0,
+      out_shardings=(self.shardings, replicated),
+    )
+    return step.lower(self.target, tokens).compile()
+
+  @functools.cached_property
+  def _evaluate(self):
+    def evaluate(params, tokens, weights):
+      nll, _ = transformer.loss(
+        params, tokens[:, :-1], tokens[:, 1:], cfg=self.cfg, weights=weights
+      )
+      return nll * jnp.sum(weights)
+
+    return jax.jit(
+      evaluate, out_shardings=NamedSharding(self.mesh, PartitionSpec())
+    )
+
+  def evaluate(self, params: Any, batches: Any) -> float:
+    """Mean nats per held-out token over `(tokens, weights)` batches."""
+    total, count = 0.0, 0.0
+    for tokens, weights in batches:
+      if weights.any():
+        nll = self._evaluate(params, self.place(tokens), self.place(weights))
+        total, count = total + float(nll), count + float(weights.sum())
+    return total / count
+
+  def exported(self, state: TrainState) -> Any:
+    """The parameters to evaluate and ship: under `eco`, the flushed ones."""
+    if not self.quantized:
+      return state.params
+    flush = jax.jit(optim.eco_flush, out_shardings=self.shardings.params)
+    return flush(state.params, state.opt_state)
+
+  def place(self, rows: np.ndarray) -> jax.Array:
+    """A host's copy of the whole batch as one array over the mesh."""
+    return jax.make_array_from_callback(
+      rows.shape, self.batch_sharding, lambda index: rows[index]
+    )
+
+  def state_bytes(self) -> dict[str, float]:
+    """Bytes of parameters and optimizer state on each device."""
+    return optim.state_bytes(self.tx, self.target.params)
+
+  def peak_bytes(self) -> int:
+    """The most bytes held on one device: measured, or the compiler's plan."""
+    stats = self.mesh.devices.flat[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+      return stats["peak_bytes_in_use"]
+    plan = self.compile().memory_analysis()
+    return (
+      plan.argument_size_in_bytes
+      + plan.output_size_in_bytes
+      + plan.temp_size_in_bytes
+      - plan.alias_size_in_bytes
+    )
+
+  def flops_per_token(self) -> float:
+    """Matmul FLOPs of one training token: 6 per weight, 12 L T H K attention.
+
+    Attention counts whole T × T scores, as a causal implementation that masks
+    computes them; recomputation does not count.
+    """
+    cfg, length = self.cfg, self.config.training.seq_len
+    embedding = 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.d_model
+    attention = cfg.num_layers * length * cfg.num_heads * cfg.key_size
+    return 6.0 * (self.num_params - embedding) + 12.0 * attention
