@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_ext import specs
+from models import attention, layers, losses, presets
 from models import config as config_lib
-from models import layers, losses, presets
 
 Config = config_lib.Config
 llama = presets.llama
@@ -101,7 +101,8 @@ def apply(
   """
   x, hidden = _trunk(params, tokens, cfg, segment_ids, return_hidden)
   with jax.named_scope("head"):
-    logits = layers.logits(x, _head(params, cfg))
+    head = _head(params, x.dtype, cfg).astype(x.dtype)
+    logits = layers.dot(x, head, 2, 0)
   return Output(logits, hidden)
 
 
@@ -131,19 +132,16 @@ def loss(
   """
   x, _ = _trunk(params, tokens, cfg, segment_ids, False)
   with jax.named_scope("loss"):
-    nll, log_z = losses.cross_entropy(
-      layers.logits(x, _head(params, cfg)), targets
+    return losses.linear_cross_entropy(
+      x,
+      _head(params, x.dtype, cfg),
+      targets,
+      weights=weights,
+      z_loss=cfg.z_loss,
     )
-    if weights is None:
-      weights = jnp.ones_like(nll)
-    weights = weights / jnp.sum(weights)
-    nll = jnp.sum(weights * nll)
-    z_loss = cfg.z_loss * jnp.sum(weights * jnp.square(log_z))
-  return nll + z_loss, {"nll": nll, "z_loss": z_loss}
 
 
-def _head(params: Params, cfg: Config) -> jax.Array:
-  dtype = jnp.dtype(cfg.compute_dtype)
+def _head(params: Params, dtype: Any, cfg: Config) -> jax.Array:
   if cfg.tie_embeddings:
     return layers.weight(params["embed"], dtype).T
   return layers.weight(params["head"], dtype)
@@ -153,15 +151,12 @@ def _trunk(params, tokens, cfg, segment_ids, return_hidden):
   """The normed last state [B, T, D] and, on request, the residual stream."""
   dtype = jnp.dtype(cfg.compute_dtype)
   with jax.named_scope("embed"):
-    x = layers.weight(params["embed"], dtype)[tokens]
+    x = layers.weight(params["embed"], dtype)[tokens].astype(dtype)
   length = tokens.shape[1]
   cos, sin = layers.rope_table(jnp.arange(length), cfg.key_size, cfg.rope_theta)
-  mask = jnp.tril(jnp.ones((1, length, length), bool))
-  if segment_ids is not None:
-    mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
 
   def body(x, layer):
-    x = _layer(x, layer, cfg, cos, sin, mask)
+    x = _layer(x, layer, cfg, cos, sin, segment_ids)
     return x, (x if return_hidden else None)
 
   body = _remat(body, cfg)
@@ -197,32 +192,34 @@ def _remat(body, cfg):
   return jax.checkpoint(body, policy=policy, prevent_cse=not cfg.scan_layers)
 
 
-def _layer(x, p, cfg, cos, sin, mask):
+def _layer(x, p, cfg, cos, sin, segment_ids):
   """One block: [B, T, D] to [B, T, D]."""
   with jax.named_scope("attention"):
     q, k, v = project(x, p, cfg, cos, sin)
-    y = layers.attention(q, k, v, mask=mask)
-    x = x + layers.matmul(y.reshape(*x.shape[:2], -1), _w(p["o"], x))
+    y = attention.causal_attention(q, k, v, segment_ids=segment_ids)
+    x = x + layers.matmul(
+      y.reshape(*x.shape[:2], -1), layers.weight(p["o"], x.dtype)
+    )
   with jax.named_scope("mlp"):
     x = x + feed_forward(x, p, cfg)
   return x
-
-
-def _w(leaf, x):
-  return leaf.dequantize(x.dtype) if hasattr(leaf, "dequantize") else leaf
 
 
 def project(x, p, cfg, cos, sin):
   """Normed and rotated q [B, T, H, K], k and v [B, T, G, K] of one layer."""
   y = layers.rms_norm(x, p["attn_norm"], cfg.norm_eps)
   shape = (*x.shape[:2], -1, cfg.key_size)
-  q, k, v = (layers.matmul(y, _w(p[n], x)).reshape(shape) for n in "qkv")
+  q, k, v = (
+    layers.matmul(y, layers.weight(p[n], x.dtype)).reshape(shape) for n in "qkv"
+  )
   return layers.rope(q, cos, sin), layers.rope(k, cos, sin), v
 
 
 def feed_forward(x, p, cfg):
   """The normed SwiGLU branch of one layer, [B, T, D] to [B, T, D]."""
   y = layers.rms_norm(x, p["mlp_norm"], cfg.norm_eps)
-  gate = layers.matmul(y, _w(p["gate"], x))
-  up = layers.matmul(y, _w(p["up"], x))
-  return layers.matmul(layers.swiglu(gate, up), _w(p["down"], x))
+  gate = layers.matmul(y, layers.weight(p["gate"], x.dtype))
+  up = layers.matmul(y, layers.weight(p["up"], x.dtype))
+  return layers.matmul(
+    layers.swiglu(gate, up), layers.weight(p["down"], x.dtype)
+  )

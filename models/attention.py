@@ -1,0 +1,158 @@
+"""Softmax attention with grouped heads.
+
+Dimensions: B batch, T query length, S key length, H query heads, G key/value
+heads (G divides H: query head h reads key head `h // (H / G)`), K head size.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from models import layers
+
+# Finite, so that a row with nothing to attend to gives no NaN.
+_MASKED = -1e30
+_MIN_BLOCK = 64
+_MAX_BLOCKS = 8
+
+
+def attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array
+) -> jax.Array:
+  """Attention under any mask, by the definition.
+
+  Args:
+    q: `[B, T, H, K]`.
+    k: `[B, S, G, K]`.
+    v: `[B, S, G, K]`.
+    mask: bool, broadcastable to `[B, T, S]`, true where attending is allowed.
+
+  Returns:
+    `[B, T, H, K]` in q's dtype; scores and softmax are float32.
+  """
+  b, t, h, size = q.shape
+  groups = k.shape[2]
+  q = q.reshape(b, t, groups, h // groups, size)
+  scores = jnp.einsum(
+    "btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32
+  )
+  scores = jnp.where(mask[:, None, None], scores * size**-0.5, _MASKED)
+  probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  out = jnp.einsum(
+    "bgrts,bsgk->btgrk", probs, v, preferred_element_type=jnp.float32
+  )
+  return out.astype(q.dtype).reshape(b, t, h, size)
+
+
+def causal_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  segment_ids: jax.Array | None = None,
+) -> jax.Array:
+  """Causal self-attention that keeps no T x T array for the backward pass.
+
+  Query blocks see only the keys before their end, and the backward pass
+  computes the probabilities again from the saved log-partition
+  (arXiv:2205.14135, algorithm 4, with query blocks only). Reverse mode, and
+  forward over reverse, differentiate it; forward mode alone does not.
+
+  Args:
+    q: `[B, T, H, K]`.
+    k: `[B, T, G, K]`.
+    v: `[B, T, G, K]`.
+    segment_ids: int `[B, T]`; a position attends only to its own segment.
+
+  Returns:
+    `[B, T, H, K]` in q's dtype; scores and softmax are float32.
+  """
+  b, t, h, size = q.shape
+  repeat = h // k.shape[2]
+  q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+  if repeat > 1:
+    k, v = (jnp.repeat(x, repeat, axis=1) for x in (k, v))
+  out = _causal(q, k, v, segment_ids)
+  return jnp.swapaxes(out, 1, 2)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+  block = max(_MIN_BLOCK, -(-length // _MAX_BLOCKS))
+  return [(i, min(i + block, length)) for i in range(0, length, block)]
+
+
+def _dot(a, b, a_axis, b_axis):
+  """[B, H, ., .] by [B, H, ., .] contracting one axis of each, in float32."""
+  return jax.lax.dot_general(
+    a,
+    b,
+    (((a_axis,), (b_axis,)), ((0, 1), (0, 1))),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _scores(q, k, segment_ids, start, stop):
+  """Masked scores [B, H, stop - start, stop] of one block of queries."""
+  scores = _dot(q[:, :, start:stop], k[:, :, :stop], 3, 3)
+  scores = scores * q.shape[-1] ** -0.5
+  mask = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
+  if segment_ids is not None:
+    own = segment_ids[:, start:stop, None] == segment_ids[:, None, :stop]
+    mask = mask & own[:, None]
+  return jnp.where(mask, scores, _MASKED)
+
+
+@jax.custom_vjp
+def _causal(q, k, v, segment_ids):
+  return _causal_fwd(q, k, v, segment_ids)[0]
+
+
+def _causal_fwd(q, k, v, segment_ids):
+  out, log_z = [], []
+  for start, stop in _blocks(q.shape[2]):
+    scores = _scores(q, k, segment_ids, start, stop)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    block = _dot(weights.astype(v.dtype), v[:, :, :stop], 3, 2) / total
+    out.append(block.astype(q.dtype))
+    log_z.append(top + jnp.log(total))
+  out = jnp.concatenate(out, axis=2)
+  return out, (q, k, v, segment_ids, out, jnp.concatenate(log_z, axis=2))
+
+
+def _causal_bwd(residuals, g):
+  q, k, v, segment_ids, out, log_z = residuals
+  length, size = q.shape[2:]
+  inner = jnp.sum(
+    g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True
+  )
+  dq, dk, dv = [], 0.0, 0.0
+  for start, stop in _blocks(length):
+    rows = functools.partial(
+      jax.lax.slice_in_dim, start_index=start, limit_index=stop, axis=2
+    )
+    scores = _scores(q, k, segment_ids, start, stop)
+    probs = jnp.exp(scores - rows(log_z))
+    dprobs = _dot(rows(g), v[:, :, :stop], 3, 3)
+    dscores = (probs * (dprobs - rows(inner))).astype(q.dtype)
+    dq.append(_dot(dscores, k[:, :, :stop], 3, 2))
+    pad = ((0, 0), (0, 0), (0, length - stop), (0, 0))
+    dk += jnp.pad(_dot_rows(dscores, rows(q)), pad)
+    dv += jnp.pad(_dot_rows(probs.astype(q.dtype), rows(g)), pad)
+  scale = size**-0.5
+  dq = (jnp.concatenate(dq, axis=2) * scale).astype(q.dtype)
+  return dq, (dk * scale).astype(k.dtype), dv.astype(v.dtype), None
+
+
+def _dot_rows(a, b):
+  """`a^T b` over the query axis: [B, H, T, S], [B, H, T, K] to [B, H, S, K]."""
+  if a.dtype == jnp.float32:
+    return _dot(a, b, 2, 2)
+  return _dot(layers.transpose(a), b, 3, 2)
+
+
+_causal.defvjp(_causal_fwd, _causal_bwd)
