@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_ext import specs
-from models import attention, layers, losses, presets
+from models import attention, block, decode, layers, losses, presets
 from models import config as config_lib
 
 Config = config_lib.Config
 llama = presets.llama
+init_cache = decode.init_cache
+decode_step = decode.decode_step
 Params = Any
 
 
@@ -101,8 +103,7 @@ def apply(
   """
   x, hidden = _trunk(params, tokens, cfg, segment_ids, return_hidden)
   with jax.named_scope("head"):
-    head = _head(params, x.dtype, cfg).astype(x.dtype)
-    logits = layers.dot(x, head, 2, 0)
+    logits = block.logits(x, params, cfg)
   return Output(logits, hidden)
 
 
@@ -134,24 +135,17 @@ def loss(
   with jax.named_scope("loss"):
     return losses.linear_cross_entropy(
       x,
-      _head(params, x.dtype, cfg),
+      block.head(params, x.dtype, cfg),
       targets,
       weights=weights,
       z_loss=cfg.z_loss,
     )
 
 
-def _head(params: Params, dtype: Any, cfg: Config) -> jax.Array:
-  if cfg.tie_embeddings:
-    return layers.weight(params["embed"], dtype).T
-  return layers.weight(params["head"], dtype)
-
-
 def _trunk(params, tokens, cfg, segment_ids, return_hidden):
   """The normed last state [B, T, D] and, on request, the residual stream."""
-  dtype = jnp.dtype(cfg.compute_dtype)
   with jax.named_scope("embed"):
-    x = layers.weight(params["embed"], dtype)[tokens].astype(dtype)
+    x = block.embed(params, tokens, cfg)
   length = tokens.shape[1]
   cos, sin = layers.rope_table(jnp.arange(length), cfg.key_size, cfg.rope_theta)
 
@@ -195,31 +189,9 @@ def _remat(body, cfg):
 def _layer(x, p, cfg, cos, sin, segment_ids):
   """One block: [B, T, D] to [B, T, D]."""
   with jax.named_scope("attention"):
-    q, k, v = project(x, p, cfg, cos, sin)
+    q, k, v = block.project(x, p, cfg, cos, sin)
     y = attention.causal_attention(q, k, v, segment_ids=segment_ids)
-    x = x + layers.matmul(
-      y.reshape(*x.shape[:2], -1), layers.weight(p["o"], x.dtype)
-    )
+    x = x + block.merge_heads(y, p)
   with jax.named_scope("mlp"):
-    x = x + feed_forward(x, p, cfg)
+    x = x + block.feed_forward(x, p, cfg)
   return x
-
-
-def project(x, p, cfg, cos, sin):
-  """Normed and rotated q [B, T, H, K], k and v [B, T, G, K] of one layer."""
-  y = layers.rms_norm(x, p["attn_norm"], cfg.norm_eps)
-  shape = (*x.shape[:2], -1, cfg.key_size)
-  q, k, v = (
-    layers.matmul(y, layers.weight(p[n], x.dtype)).reshape(shape) for n in "qkv"
-  )
-  return layers.rope(q, cos, sin), layers.rope(k, cos, sin), v
-
-
-def feed_forward(x, p, cfg):
-  """The normed SwiGLU branch of one layer, [B, T, D] to [B, T, D]."""
-  y = layers.rms_norm(x, p["mlp_norm"], cfg.norm_eps)
-  gate = layers.matmul(y, layers.weight(p["gate"], x.dtype))
-  up = layers.matmul(y, layers.weight(p["up"], x.dtype))
-  return layers.matmul(
-    layers.swiglu(gate, up), layers.weight(p["down"], x.dtype)
-  )

@@ -1,0 +1,65 @@
+"""The steps that a forward pass and a decode step share.
+
+`p` holds one layer's parameters, `params` the whole model's. Dimensions: B
+batch, T length, V vocabulary, D width, H query heads, G key/value heads, K
+head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models import config as config_lib
+from models import layers
+
+Config = config_lib.Config
+
+
+def embed(params: Any, tokens: jax.Array, cfg: Config) -> jax.Array:
+  """Rows of the embedding, [B, T, D] in the compute dtype."""
+  dtype = jnp.dtype(cfg.compute_dtype)
+  return layers.weight(params["embed"], dtype)[tokens].astype(dtype)
+
+
+def head(params: Any, dtype: Any, cfg: Config) -> jax.Array:
+  """The output head [D, V], of the parameter's own dtype if an array."""
+  if cfg.tie_embeddings:
+    return layers.weight(params["embed"], dtype).T
+  return layers.weight(params["head"], dtype)
+
+
+def logits(x: jax.Array, params: Any, cfg: Config) -> jax.Array:
+  """Float32 logits [..., V] of normed states [..., D]."""
+  w = head(params, x.dtype, cfg).astype(x.dtype)
+  return layers.dot(x, w, x.ndim - 1, 0)
+
+
+def project(
+  x: jax.Array, p: Any, cfg: Config, cos: jax.Array, sin: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Normed and rotated q [B, T, H, K], k and v [B, T, G, K] of one layer."""
+  y = layers.rms_norm(x, p["attn_norm"], cfg.norm_eps)
+  shape = (*x.shape[:2], -1, cfg.key_size)
+  q, k, v = (
+    layers.matmul(y, layers.weight(p[n], x.dtype)).reshape(shape) for n in "qkv"
+  )
+  return layers.rope(q, cos, sin), layers.rope(k, cos, sin), v
+
+
+def merge_heads(y: jax.Array, p: Any) -> jax.Array:
+  """The attention branch's output [B, T, D] from heads [B, T, H, K]."""
+  w = layers.weight(p["o"], y.dtype)
+  return layers.matmul(y.reshape(*y.shape[:2], -1), w)
+
+
+def feed_forward(x: jax.Array, p: Any, cfg: Config) -> jax.Array:
+  """The normed SwiGLU branch of one layer, [B, T, D] to [B, T, D]."""
+  y = layers.rms_norm(x, p["mlp_norm"], cfg.norm_eps)
+  gate = layers.matmul(y, layers.weight(p["gate"], x.dtype))
+  up = layers.matmul(y, layers.weight(p["up"], x.dtype))
+  return layers.matmul(
+    layers.swiglu(gate, up), layers.weight(p["down"], x.dtype)
+  )
