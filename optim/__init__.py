@@ -1,6 +1,7 @@
 """Optax gradient transformations that keep little or no state."""
 
 from jaxlib_ext.labels import label_params as label_params
+from optim.accounting import state_bytes as state_bytes
 from optim.muon import MuonState as MuonState
 from optim.muon import muon as muon
 from optim.muon import scale_by_muon as scale_by_muon

@@ -113,9 +113,7 @@ def _exact_coefficients(epsilon: float) -> np.ndarray:
   lower, steps = epsilon, 0
   while lower < 0.7:
     steps += 1
-    rows = polar_express_coefficients(
-      steps, lower=epsilon, cushion=0.02, safety=1.0
-    )
+    rows = polar_express_coefficients(steps, lower=epsilon)
     lower = epsilon
     for a, b, c in rows:
       lower = a * lower + b * lower**3 + c * lower**5
@@ -148,7 +146,8 @@ def _schedule(
       raise ValueError(
         f'coefficients="exact" set their own number of steps, got steps={steps}'
       )
-    return _exact_coefficients(float(jnp.finfo(accumulator).eps)), 1.0
+    table = _exact_coefficients(float(jnp.finfo(accumulator).eps))
+    return table, _POLAR_EXPRESS_SAFETY
   near = difflib.get_close_matches(coefficients, NAMES) or NAMES
   raise ValueError(
     f"coefficients must be one of {NAMES} or an array [steps, 3], got "
@@ -301,12 +300,12 @@ def newton_schulz(
 ) -> jax.Array:
   """Orthogonal polar factor U Vᵀ of x = U Σ Vᵀ, nearly.
 
-  Each matrix is divided by its Frobenius norm (for "polar_express" by 1.02
-  times that, the margin its schedule is built for) and goes through the
-  polynomials of the schedule; the exact polynomials' output singular values
-  are in [0.68, 1.13] ("keller"), [0.86, 1.14] ("polar_express") or
-  [0.98, 1.03] ("dion") for inputs from 0.01 of the norm on. A matrix of zeros
-  gives zeros; the scale of x does not matter.
+  Each matrix is divided by its Frobenius norm (for "polar_express" and
+  "exact" by 1.02 times that, the margin their schedules are built for) and
+  goes through the polynomials of the schedule. Singular values from 0.01 of
+  the norm on end up in [0.68, 1.13] ("keller"), [0.86, 1.14]
+  ("polar_express") or [0.98, 1.03] ("dion"), apart from the rounding of
+  `dtype`. A matrix of zeros gives zeros; the scale of x does not matter.
 
   Args:
     x: real floating array [..., m, n]; leading dimensions are a batch.

@@ -1,0 +1,307 @@
+"""What every optimizer must do; a new one joins by a row in `ROWS`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import optim
+from jaxlib_ext import sharding
+
+
+def _same(params):
+  return params
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One optimizer in the table.
+
+  Attributes:
+    factory: `(learning_rate) -> transformation`.
+    rate: a peak learning rate that suits the convergence targets.
+    rounding: the relative rounding error of the narrowest number format an
+      update goes through; two orders of summation may differ by a few.
+    prepare: turns float parameters into what the optimizer holds.
+    view: the float parameters to differentiate at, from what it holds.
+    apply: `optax.apply_updates` or its replacement.
+    dtypes: the parameter dtypes it takes.
+  """
+
+  factory: Callable[..., optax.GradientTransformation]
+  rate: float = 0.1
+  rounding: float = 2.0**-23
+  prepare: Callable[[Any], Any] = _same
+  view: Callable[[Any], Any] = _same
+  apply: Callable[[Any, Any], Any] = optax.apply_updates
+  dtypes: tuple[Any, ...] = (jnp.float32, jnp.bfloat16)
+
+
+ROWS = {
+  "muon": Row(optim.muon, rounding=2.0**-8),
+  "muon_float32": Row(
+    functools.partial(optim.muon, ns_dtype="float32", shape_scale="keller"),
+    rate=0.3,
+  ),
+  "column_normalized_sgd": Row(optim.column_normalized_sgd),
+}
+
+rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+
+
+def normal(seed, *shape):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def mixed_tree(dtype=jnp.float32):
+  tree = {
+    "embed": {"table": normal(0, 16, 8)},
+    "layers": {
+      "up": normal(1, 2, 8, 16),
+      "down": normal(2, 2, 16, 8),
+      "norm": {"scale": 1 + 0.1 * normal(3, 2, 8)},
+      "bias": normal(4, 2, 8),
+    },
+    "lm_head": normal(5, 8, 16),
+    "gain": normal(6),
+  }
+  return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def gradients(params, seed=10):
+  leaves, treedef = jax.tree.flatten(params)
+  return treedef.unflatten(
+    [normal(seed + i, *x.shape).astype(x.dtype) for i, x in enumerate(leaves)]
+  )
+
+
+def avals(tree):
+  return [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
+
+
+def close(got, want, row, scale=1.0):
+  """Within a few roundings of the largest entry of each leaf."""
+
+  def check(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    bound = 32 * row.rounding * scale * max(np.abs(b).max(initial=0), 1e-30)
+    np.testing.assert_allclose(a, b, rtol=0, atol=bound)
+
+  jax.tree.map(check, got, want)
+
+
+def steps(tx, row, params, count=2):
+  """Applies `count` updates of differing gradients, jitted."""
+  state = tx.init(params)
+  update = jax.jit(tx.update)
+  for i in range(count):
+    updates, state = update(gradients(row.view(params), i), state, params)
+    params = row.apply(params, updates)
+  return params, state
+
+
+def _matrix_target():
+  goal = normal(7, 6, 10)
+  return {"w": jnp.zeros((6, 10))}, lambda p: jnp.sum((p["w"] - goal) ** 2)
+
+
+def _regression_target():
+  x, weights = normal(8, 32, 6), normal(9, 6, 4)
+  return (
+    {"w": jnp.zeros((6, 4)), "b": jnp.ones((4,))},
+    lambda p: jnp.mean((x @ p["w"] + p["b"] - x @ weights) ** 2),
+  )
+
+
+def _mixed_target():
+  goal = mixed_tree()
+  return (
+    jax.tree.map(lambda x: x + 1, goal),
+    lambda p: sum(
+      jnp.sum((a - b) ** 2)
+      for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(goal), strict=True)
+    ),
+  )
+
+
+@rows
+@pytest.mark.parametrize(
+  "target", [_matrix_target, _regression_target, _mixed_target]
+)
+def test_converges(row, target):
+  start, loss = target()
+  params = row.prepare(start)
+  tx = row.factory(optax.cosine_decay_schedule(row.rate, 300))
+
+  def step(_, carry):
+    params, state = carry
+    grads = jax.grad(loss)(row.view(params))
+    updates, state = tx.update(grads, state, params)
+    return row.apply(params, updates), state
+
+  run = jax.jit(lambda carry: jax.lax.fori_loop(0, 300, step, carry))
+  params, _ = run((params, tx.init(params)))
+  assert loss(row.view(params)) < 1e-2 * loss(start)
+
+
+@rows
+@pytest.mark.parametrize("size", [0.0, 1e-30])
+def test_zero_and_tiny_gradients(row, size):
+  params = row.prepare(mixed_tree())
+  tx = row.factory(row.rate)
+  grads = jax.tree.map(lambda g: g * size, gradients(row.view(params)))
+  updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+  after = row.apply(params, updates)
+  for x in jax.tree.leaves((row.view(after), state)):
+    assert np.all(np.isfinite(np.asarray(x, np.float32)))
+  if size == 0:
+    close(row.view(after), row.view(params), row, scale=0)
+
+
+@rows
+def test_dtypes_are_kept(row):
+  for dtype in row.dtypes:
+    params = row.prepare(mixed_tree(dtype))
+    after, _ = steps(row.factory(row.rate), row, params)
+    assert avals(after) == avals(params)
+
+
+@rows
+@pytest.mark.parametrize(
+  "shape", [(1, 7), (7, 1), (1, 1), (3, 5, 2), (2, 3, 4, 5), (13, 3)], ids=str
+)
+def test_odd_shapes(row, shape):
+  params = row.prepare({"w": normal(0, *shape), "b": normal(1, shape[-1])})
+  after, _ = steps(row.factory(row.rate), row, params)
+  assert avals(after) == avals(params)
+  for x in jax.tree.leaves(row.view(after)):
+    assert np.all(np.isfinite(x))
+
+
+@rows
+def test_second_step_does_not_recompile(row):
+  for dtype in row.dtypes:
+    params = row.prepare(mixed_tree(dtype))
+    tx = row.factory(row.rate)
+    state = tx.init(params)
+    traces = 0
+
+    @jax.jit
+    def step(params, state, tx=tx):
+      nonlocal traces
+      traces += 1
+      updates, state = tx.update(gradients(row.view(params)), state, params)
+      return row.apply(params, updates), state
+
+    before = avals((params, state))
+    for _ in range(2):
+      params, state = step(params, state)
+      assert avals((params, state)) == before
+    assert traces == 1
+
+
+def _sharded(tree):
+  """Divides the last two axes of each leaf over a 2 × 4 mesh."""
+  mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+  def put(x):
+    if x.ndim < 2 or x.shape[-2] % 2 or x.shape[-1] % 4:
+      spec = PartitionSpec()
+    else:
+      spec = PartitionSpec(*(None,) * (x.ndim - 2), "a", "b")
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+  return jax.tree.map(put, tree)
+
+
+@rows
+def test_sharded_equals_unsharded(row):
+  params = row.prepare(mixed_tree())
+  tx = row.factory(row.rate)
+  split = _sharded(params)
+  layout = jax.tree.map(lambda x: x.sharding, split)
+  layout = layout, sharding.state_shardings(tx, split, layout)
+  state = jax.jit(tx.init, out_shardings=layout[1])(split)
+
+  @functools.partial(jax.jit, out_shardings=layout)
+  def step(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return row.apply(params, updates), state
+
+  got = split
+  for i in range(2):
+    got, state = step(got, state, _sharded(gradients(row.view(params), i)))
+  want, want_state = steps(tx, row, params)
+  assert jax.tree.structure(state) == jax.tree.structure(want_state)
+  assert avals((got, state)) == avals((want, want_state))
+  close(row.view(got), row.view(want), row)
+
+
+@rows
+def test_state_is_sharded_like_the_parameters(row):
+  params = _sharded(row.prepare(mixed_tree()))
+  tx = row.factory(row.rate)
+  state = tx.init(params)
+  split = [p.sharding for p in jax.tree.leaves(params)]
+  for x in jax.tree.leaves(state):
+    assert x.ndim < 2 or x.sharding in split
+  _, after = jax.jit(tx.update)(
+    _sharded(gradients(row.view(params))), state, params
+  )
+  assert jax.tree.structure(after) == jax.tree.structure(state)
+  for old, new in zip(
+    jax.tree.leaves(state), jax.tree.leaves(after), strict=True
+  ):
+    assert old.sharding.is_equivalent_to(new.sharding, old.ndim) or (
+      old.ndim < 2
+    )
+
+
+@rows
+def test_inside_chain_and_inject_hyperparams(row):
+  params = row.prepare(mixed_tree())
+  want, _ = steps(row.factory(row.rate), row, params)
+  chained = optax.chain(optax.clip_by_global_norm(1e9), row.factory(row.rate))
+  close(row.view(steps(chained, row, params)[0]), row.view(want), row)
+  injected = optax.inject_hyperparams(row.factory)(learning_rate=row.rate)
+  got, state = steps(injected, row, params)
+  close(row.view(got), row.view(want), row)
+  assert state.hyperparams["learning_rate"] == np.float32(row.rate)
+
+
+@rows
+def test_inside_multi_steps(row):
+  params = row.prepare(mixed_tree())
+  tx = row.factory(row.rate)
+  grads = gradients(row.view(params))
+  updates, _ = tx.update(grads, tx.init(params), params)
+  want = row.apply(params, updates)
+  multi = optax.MultiSteps(row.factory(row.rate), every_k_schedule=2)
+  state, got = multi.init(params), params
+  for factor in (0.5, 1.5):
+    g = jax.tree.map(lambda x, f=factor: f * x, grads)
+    updates, state = jax.jit(multi.update)(g, state, got)
+    got = row.apply(got, updates)
+  close(row.view(got), row.view(want), row)
+
+
+@rows
+def test_inside_masked(row):
+  params = row.prepare(mixed_tree())
+  keep = {"embed": False, "layers": True, "lm_head": False, "gain": True}
+  grads = gradients(row.view(params))
+  masked = optax.masked(row.factory(row.rate), keep)
+  plain = row.factory(row.rate)
+  got, _ = jax.jit(masked.update)(grads, masked.init(params), params)
+  want, _ = jax.jit(plain.update)(grads, plain.init(params), params)
+  close(got["embed"], grads["embed"], row, scale=0)
+  close(got["layers"], want["layers"], row)
