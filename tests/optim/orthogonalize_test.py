@@ -88,7 +88,7 @@ class NewtonSchulzTest(parameterized.TestCase):
     y = np.asarray(optim.newton_schulz(x, coefficients=name))
     got = np.linalg.svd(y.astype(np.float64), compute_uv=False)
     want = np.linalg.svd(reference(x, *TABLES[name]), compute_uv=False)
-    # Each step rounds entries by 2^-9 relative, and the steps' slopes at
+    # Each step rounds entries by 2^-8 relative, and the steps' slopes at
     # values near 1 are below 1: a few roundings of a spectral norm near 1.
     self.assertLess(abs(got.max() - want.max()), 0.02)
     self.assertLess(abs(got.min() - want.min()), 0.02)
