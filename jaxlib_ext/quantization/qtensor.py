@@ -1,0 +1,271 @@
+"""Quantized arrays as pytrees."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlib_ext import labels as labels_lib
+from jaxlib_ext.quantization import formats, rounding
+from jaxlib_ext.quantization import scales as scales_lib
+
+Format = formats.Format
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("codes", "scales", "matrix_scale"),
+  meta_fields=("format",),
+)
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+  """An array as small codes and the scales of groups of them.
+
+  Groups lie along axis -2, the contraction axis of a kernel [..., in, out]
+  (along the only axis of a vector). Leading axes are batch, so a stack of
+  layers can be sliced, scanned and vmapped.
+
+  Attributes:
+    codes: [..., in, out] in `format.dtype`.
+    scales: [..., ceil(in / block), out], or [..., 1, out] without a block;
+      float32, float8_e8m0fnu or float8_e4m3fn.
+    matrix_scale: float32 [..., 1, 1] for nvfp4, otherwise None.
+    format: static.
+  """
+
+  codes: jax.Array
+  scales: jax.Array
+  matrix_scale: jax.Array | None
+  format: Format
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return tuple(self.codes.shape)
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape)
+
+  @property
+  def dtype(self) -> Any:
+    """What `dequantize` gives by default: float32."""
+    return jnp.dtype(jnp.float32)
+
+  @property
+  def nbytes_packed(self) -> int:
+    """Bytes of the codes and scales at their true widths in bits."""
+    bits = self.size * self.format.bits
+    bits += math.prod(self.scales.shape) * self.format.scale_bits
+    if self.matrix_scale is not None:
+      bits += math.prod(self.matrix_scale.shape) * 32
+    return -(-bits // 8)
+
+  def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
+    """codes · scales, exact in float32, then cast to `dtype`."""
+    scales = self.scales.astype(jnp.float32)
+    if self.matrix_scale is not None:
+      scales = scales * self.matrix_scale
+    values = rounding.decode(self.codes, self.format)
+    return (values * _expand(scales, self.shape, self.format)).astype(dtype)
+
+
+def is_qtensor(x: Any) -> bool:
+  """Whether `x` is a `QTensor`: the `is_leaf` of a tree of parameters."""
+  return isinstance(x, QTensor)
+
+
+def _axis(shape: tuple[int, ...]) -> int:
+  return len(shape) - min(2, len(shape))
+
+
+def _max_magnitude(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
+  """max |x| along axes that are kept, NaN or infinite where one element is.
+
+  The bits of magnitudes order as integers do, NaNs last; a maximum of floats
+  loses NaNs in some of XLA's CPU reductions (jax 0.10.2 and 0.12.0).
+  """
+  bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+  bits = jnp.max(bits, axis=axis, keepdims=True, initial=0)
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _group_max(x: jax.Array, fmt: Format) -> jax.Array:
+  """The largest magnitude of each group: x's shape -> the scales' shape."""
+  axis = _axis(x.shape)
+  if fmt.block is None:
+    return _max_magnitude(x, axis)
+  length = x.shape[axis]
+  groups = -(-length // fmt.block)
+  if groups * fmt.block != length:
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, groups * fmt.block - length)
+    x = jnp.pad(x, pad)
+  shape = x.shape[:axis] + (groups, fmt.block) + x.shape[axis + 1 :]
+  return jnp.squeeze(_max_magnitude(x.reshape(shape), axis + 1), axis + 1)
+
+
+def _expand(
+  scales: jax.Array, shape: tuple[int, ...], fmt: Format
+) -> jax.Array:
+  """Repeats each group's scale over its elements: something of `shape`."""
+  if fmt.block is None:
+    return scales
+  axis = _axis(shape)
+  groups = scales.shape[axis]
+  wide = scales.shape[: axis + 1] + (fmt.block,) + scales.shape[axis + 1 :]
+  x = jnp.broadcast_to(jnp.expand_dims(scales, axis + 1), wide)
+  flat = shape[:axis] + (groups * fmt.block,) + shape[axis + 1 :]
+  return jax.lax.slice_in_dim(x.reshape(flat), 0, shape[axis], axis=axis)
+
+
+def quantize(
+  x: jax.Array | QTensor,
+  fmt: Format | str,
+  *,
+  key: jax.Array | None = None,
+) -> QTensor:
+  """Rounds an array to codes and scales.
+
+  Idempotent: quantizing what was dequantized gives the same codes and scales
+  bit for bit, rounding to nearest or at random. A group's largest magnitude
+  becomes the format's (under a power-of-two scale it need not), so nothing is
+  clipped but by the rounding of the scales, and finite values stay finite.
+  Groups below about 1e-35 use a common least scale, and subnormal numbers
+  count as zero wherever the backend flushes them.
+
+  A value that is not finite shows: its group dequantizes to NaN, for "nvfp4"
+  its matrix; for "mxfp8" and "mxfp4" the value to infinity and the rest of
+  its group to zero.
+
+  Args:
+    x: floating [..., in, out] or [n], or a `QTensor`, which is dequantized.
+    fmt: a `Format`, or the name of one.
+    key: a PRNG key for stochastic rounding, unbiased and with a random number
+      of its own for each element; the largest magnitude of a group, which
+      fixes the scale, goes to the nearest code for "nvfp4". None rounds to
+      nearest, ties to even.
+
+  Returns:
+    A `QTensor` of x's shape.
+
+  Raises:
+    ValueError: the format's name is unknown, or x is not a floating array of
+      at least one dimension.
+  """
+  fmt = Format.parse(fmt) if not isinstance(fmt, Format) else fmt
+  x = x.dequantize() if is_qtensor(x) else jnp.asarray(x)
+  if x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(
+      "x must be a floating array of at least one dimension, got "
+      f"{x.dtype}{list(x.shape)}"
+    )
+  x = x.astype(jnp.float32)
+  noise = None if key is None else rounding.uniform(key, x.shape)
+  if fmt.scale == "e8m0":
+    return _quantize_mx(x, fmt, noise)
+  if fmt.scale == "e4m3":
+    return _quantize_nvfp4(x, fmt, noise)
+  absmax = _group_max(x, fmt)
+  least = 2.0 ** (-126 - fmt.min_step_exponent)
+  scales = scales_lib.float32_scale(absmax, fmt.max, least)
+  values = rounding.to_grid(x / _expand(scales, x.shape, fmt), fmt, noise)
+  return QTensor(rounding.encode(values, fmt), scales, None, fmt)
+
+
+def _quantize_mx(x: jax.Array, fmt: Format, noise: jax.Array | None) -> QTensor:
+  # The grid's next value up from this would be 2^128.
+  top = np.float32(2.0**127 * (2 - 2.0**-fmt.mantissa_bits))
+  x = jnp.where(jnp.isfinite(x), jnp.clip(x, -top, top), x)
+  absmax = _group_max(x, fmt)
+  exponent = scales_lib.e8m0_exponent(absmax, fmt)
+  scales = rounding.power_of_two(exponent)
+  # A group whose largest code came out as half the largest possible one, or
+  # less, would be given half the scale next time, so it is given that now:
+  # before rounding if it is certain to come out so, otherwise by writing the
+  # same numbers with twice the codes.
+  movable = exponent > scales_lib.e8m0_least(fmt)
+  if noise is None:
+    peak = rounding.to_grid(absmax / scales, fmt, None)
+    scales = jnp.where(movable & (peak <= fmt.max / 2), scales / 2, scales)
+  values = rounding.to_grid(x / _expand(scales, x.shape, fmt), fmt, noise)
+  if noise is not None:
+    halve = movable & (_group_max(values, fmt) <= fmt.max / 2)
+    values = values * _expand(jnp.where(halve, 2.0, 1.0), x.shape, fmt)
+    scales = jnp.where(halve, scales / 2, scales)
+  codes = rounding.encode(values, fmt)
+  return QTensor(codes, scales.astype(jnp.float8_e8m0fnu), None, fmt)
+
+
+def _quantize_nvfp4(
+  x: jax.Array, fmt: Format, noise: jax.Array | None
+) -> QTensor:
+  absmax = _group_max(x, fmt)
+  axes = tuple(range(_axis(x.shape), x.ndim))
+  whole = _max_magnitude(absmax, axes)
+  matrix_scale = scales_lib.nvfp4_matrix_scale(whole, fmt)
+  scales, free = scales_lib.nvfp4_scale(absmax, matrix_scale, fmt.max)
+  ratio = x / _expand(scales * matrix_scale, x.shape, fmt)
+  peak = _expand(jnp.where(free, absmax, jnp.inf), x.shape, fmt)
+  ratio = jnp.where(jnp.abs(x) >= peak, jnp.sign(x) * fmt.max, ratio)
+  values = rounding.to_grid(ratio, fmt, noise)
+  return QTensor(
+    rounding.encode(values, fmt),
+    scales.astype(jnp.float8_e4m3fn),
+    matrix_scale,
+    fmt,
+  )
+
+
+def quantize_tree(
+  params: Any,
+  fmt: Format | str,
+  *,
+  labels: labels_lib.Labels = None,
+  key: jax.Array | None = None,
+) -> Any:
+  """Quantizes the parameters labelled "matrix".
+
+  Args:
+    params: pytree of arrays.
+    fmt: as for `quantize`.
+    labels: as for `jaxlib_ext.labels.resolve`.
+    key: None, or a PRNG key that each leaf folds its own position into.
+
+  Returns:
+    A pytree like `params` with `QTensor`s among its leaves.
+  """
+  fmt = Format.parse(fmt) if not isinstance(fmt, Format) else fmt
+  roles = jax.tree.leaves(labels_lib.resolve(labels, params))
+  leaves, treedef = jax.tree.flatten(params, is_leaf=is_qtensor)
+
+  def convert(i, leaf, role):
+    if role != "matrix":
+      return leaf
+    leaf_key = None if key is None else jax.random.fold_in(key, i)
+    return quantize(leaf, fmt, key=leaf_key)
+
+  return treedef.unflatten(
+    [
+      convert(i, leaf, role)
+      for i, (leaf, role) in enumerate(zip(leaves, roles, strict=True))
+    ]
+  )
+
+
+def dequantize_tree(tree: Any, dtype: Any = jnp.float32) -> Any:
+  """Dequantizes the `QTensor`s of a pytree; leaves the others as they are."""
+  return jax.tree.map(
+    lambda x: x.dequantize(dtype) if is_qtensor(x) else x,
+    tree,
+    is_leaf=is_qtensor,
+  )
