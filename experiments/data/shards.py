@@ -1,0 +1,329 @@
+"""Token files on disk, memory-mapped.
+
+A shard is a `.npy` file with a vector of uint16 or uint32, or a `.bin` file of
+little-endian uint16 without any header. A directory that `write` made also has
+tokenizer.json and meta.json; the latter names the shards of each split, in
+order, with the tokens and bytes they hold. Documents lie one behind another,
+sorted by name, each followed by the tokenizer's end of a document; they may
+run across shards.
+
+Without a meta.json, files with "val" or "eval" in their names are held out; if
+there are none, the last file by name is; a single file is split near its end.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import errors
+from experiments.data import corpus as corpus_lib
+from experiments.data import sources, tokenization
+from jaxlib_ext import records
+
+FORMAT = 1
+SHARD_TOKENS = 1 << 27
+_SPLITS = ("train", "val")
+_CHUNK = 1 << 24
+# The first word of llm.c's token files, which have a header of 256 words.
+_LLMC_MAGIC = 20240520
+
+
+class Concatenation:
+  """Several token arrays that read as one, sliced without a step.
+
+  Args:
+    arrays: vectors, at least one, of one dtype.
+  """
+
+  def __init__(self, arrays: Sequence[np.ndarray]):
+    self._arrays = list(arrays)
+    self._ends = np.cumsum([len(a) for a in arrays]).tolist()
+    self.dtype = self._arrays[0].dtype
+
+  def __len__(self) -> int:
+    return self._ends[-1]
+
+  def __getitem__(self, index: slice) -> np.ndarray:
+    start, stop, step = index.indices(len(self))
+    if step != 1:
+      raise ValueError(f"index: got a step of {step}, allowed: 1")
+    parts = [np.zeros(0, self.dtype)]
+    i = bisect.bisect_right(self._ends, start)
+    while start < stop:
+      begin = self._ends[i] - len(self._arrays[i])
+      end = min(stop, self._ends[i])
+      parts.append(self._arrays[i][start - begin : end - begin])
+      start, i = end, i + 1
+    return np.concatenate(parts)
+
+
+def read(
+  path: str,
+  tokenizer: str = "bytes",
+  held_out: float = 0.05,
+  cache: pathlib.Path | None = None,
+) -> corpus_lib.Corpus:
+  """Opens shards; reads them once to check that no id is out of range.
+
+  Args:
+    path: directory, file or glob.
+    tokenizer: of shards without a meta.json: "bytes" or the path of the
+      tokenizer.json that made them. Other shards bring their own.
+    held_out: share of the tokens, used only to split a single file.
+    cache: where a copy of the tokenizer is left.
+
+  Raises:
+    UserError: nothing to read, an unknown dtype, an id that the tokenizer
+      does not have, or shards that differ from their meta.json.
+  """
+  meta = pathlib.Path(path).expanduser() / "meta.json" if path else None
+  if meta is not None and meta.is_file():
+    return _read_written(meta, cache)
+  files = [
+    (name, file)
+    for name, file in sources.find_files(path)
+    if file.suffix in (".npy", ".bin")
+  ]
+  if not files:
+    raise errors.UserError(f"data.path: no .npy or .bin files in {path}")
+  if tokenizer.startswith("bpe:"):
+    raise errors.UserError(
+      f"data.tokenizer: got {tokenizer!r}, but {path} has no meta.json: give "
+      "the path of the tokenizer.json that made the shards, or bytes"
+    )
+  made = tokenization.make(tokenizer, (), cache)
+  arrays = {name: _open(file) for name, file in files}
+  digests = [(name, _check(file, arrays[name], made)) for name, file in files]
+  train, held, how = _split(arrays, held_out)
+  return corpus_lib.Corpus(
+    train=_joined(train),
+    eval=_joined(held),
+    tokenizer=made,
+    hash=sources.corpus_hash(digests),
+    facts={"source": "shards", "shards": len(files), "split": how},
+  )
+
+
+def _read_written(
+  meta: pathlib.Path, cache: pathlib.Path | None
+) -> corpus_lib.Corpus:
+  tokenizer = tokenization.load(meta.with_name("tokenizer.json"))
+  try:
+    content = json.loads(meta.read_text(encoding="utf-8"))
+    tokenizer.name = content["tokenizer"]
+    if content["format"] != FORMAT:
+      raise ValueError(f"format {content['format']}, expected {FORMAT}")
+    splits = content["splits"]
+    files = {s: splits[s]["files"] for s in _SPLITS}
+    sizes = {s: splits[s]["bytes"] for s in _SPLITS}
+    tokens = {s: splits[s]["tokens"] for s in _SPLITS}
+    facts, hash_ = content["corpus"], content["hash"]
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise errors.UserError(f"data.path: cannot read {meta}: {e!r}") from e
+  arrays = {}
+  for split in _SPLITS:
+    found = [(f, _open(meta.with_name(f))) for f in files[split]]
+    arrays[split] = _joined([array for _, array in found])
+    if len(arrays[split]) != tokens[split]:
+      raise errors.UserError(
+        f"data.path: {meta} lists {tokens[split]} tokens of {split}, its "
+        f"shards hold {len(arrays[split])}"
+      )
+    for name, array in found:
+      _check(meta.with_name(name), array, tokenizer)
+  if cache is not None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(cache)
+  return corpus_lib.Corpus(
+    train=arrays["train"],
+    eval=arrays["val"],
+    tokenizer=tokenizer,
+    hash=hash_,
+    facts={**facts, "shards": sum(map(len, files.values()))},
+    train_bytes=sizes["train"],
+    eval_bytes=sizes["val"],
+  )
+
+
+def write(
+  corpus: corpus_lib.Corpus,
+  output: pathlib.Path,
+  *,
+  shard_tokens: int = SHARD_TOKENS,
+  overwrite: bool = False,
+) -> dict[str, Any]:
+  """Writes a corpus as shards, tokenizer.json and meta.json.
+
+  Each file is renamed into place whole, and meta.json last, so that a
+  directory with a meta.json is complete.
+
+  Args:
+    corpus: with known bytes.
+    output: made if absent.
+    shard_tokens: tokens of every shard but the last of a split.
+    overwrite: replace the shards in `output`; its other files stay.
+
+  Returns:
+    What meta.json holds.
+
+  Raises:
+    UserError: `output` is not empty or no directory, or a bad
+      `shard_tokens`.
+  """
+  claim(output, overwrite=overwrite)
+  if shard_tokens < 1:
+    raise errors.UserError(
+      f"shard_tokens: got {shard_tokens}, allowed: at least 1"
+    )
+  (output / "meta.json").unlink(missing_ok=True)
+  for split in _SPLITS:
+    for old in output.glob(f"{split}_[0-9]*"):
+      if old.suffix in (".bin", ".npy", ".part"):
+        old.unlink()
+  corpus.tokenizer.save(output / "tokenizer.json")
+  splits = {}
+  for split, tokens, size in (
+    ("train", corpus.train, corpus.train_bytes),
+    ("val", corpus.eval, corpus.eval_bytes),
+  ):
+    splits[split] = {
+      "tokens": len(tokens),
+      "bytes": size,
+      "files": list(_write_split(output, split, tokens, shard_tokens)),
+    }
+  meta = {
+    "format": FORMAT,
+    "tokenizer": corpus.tokenizer.name,
+    "vocab_size": corpus.tokenizer.vocab_size,
+    "end_of_document": corpus.tokenizer.eod,
+    "dtype": corpus.tokenizer.dtype.name,
+    "order": "documents sorted by name",
+    "hash": corpus.hash,
+    "corpus": corpus.facts,
+    "splits": splits,
+  }
+  records.write_json(output / "meta.json", meta)
+  return meta
+
+
+def claim(output: pathlib.Path, *, overwrite: bool) -> None:
+  """Makes the directory that shards go to.
+
+  Raises:
+    UserError: it is a file, or holds something and `overwrite` is False.
+  """
+  if output.exists() and not output.is_dir():
+    raise errors.UserError(f"--output: {output} is not a directory")
+  if output.exists() and any(output.iterdir()) and not overwrite:
+    raise errors.UserError(
+      f"--output: {output} is not empty; --overwrite replaces its shards"
+    )
+  output.mkdir(parents=True, exist_ok=True)
+
+
+def _write_split(
+  output: pathlib.Path, split: str, tokens: corpus_lib.Tokens, size: int
+) -> Iterator[str]:
+  for number, start in enumerate(range(0, len(tokens), size)):
+    shard = np.asarray(tokens[start : start + size])
+    wide = shard.dtype.itemsize > 2
+    name = f"{split}_{number:05d}.{'npy' if wide else 'bin'}"
+    part = output / f"{name}.part"
+    with open(part, "wb") as f:
+      if wide:
+        np.save(f, shard.astype("<u4"))
+      else:
+        shard.astype("<u2").tofile(f)
+      f.flush()
+      os.fsync(f.fileno())
+    os.replace(part, output / name)
+    yield name
+
+
+def _open(path: pathlib.Path) -> np.ndarray:
+  try:
+    if path.suffix == ".npy":
+      array = np.load(path, mmap_mode="r", allow_pickle=False)
+    else:
+      size = path.stat().st_size
+      if size % 2:
+        raise ValueError(f"{size} bytes are no whole number of uint16")
+      array = np.memmap(path, "<u2", mode="r") if size else np.zeros(0, "<u2")
+      if len(array) > 2 and array[:2].tobytes() == _LLMC_MAGIC.to_bytes(
+        4, "little"
+      ):
+        raise ValueError("it has llm.c's header; only headerless files are "
+                         "read")  # fmt: skip
+  except OSError as e:
+    raise errors.UserError(
+      f"data.path: cannot read {path}: {e.strerror or e}"
+    ) from e
+  except (ValueError, EOFError) as e:
+    raise errors.UserError(f"data.path: cannot read {path}: {e}") from e
+  if array.ndim != 1 or array.dtype not in (np.uint16, np.uint32):
+    raise errors.UserError(
+      f"data.path: {path} holds {array.dtype} of shape {array.shape}, allowed: "
+      "a vector of uint16 or uint32"
+    )
+  return array
+
+
+def _check(
+  path: pathlib.Path, array: np.ndarray, tokenizer: tokenization.Tokenizer
+) -> bytes:
+  """Returns the tokens' SHA-256; raises UserError for an id out of range."""
+  digest = hashlib.sha256()
+  for start in range(0, len(array), _CHUNK):
+    chunk = array[start : start + _CHUNK]
+    digest.update(chunk)
+    if chunk.max() >= tokenizer.vocab_size:
+      raise errors.UserError(
+        f"data.path: {path} has token id {chunk.max()}, but the tokenizer "
+        f"{tokenizer.name!r} has {tokenizer.vocab_size} ids; data.tokenizer "
+        "must be the tokenizer.json that made the shards"
+      )
+  return digest.digest()
+
+
+def _split(
+  arrays: dict[str, np.ndarray], held_out: float
+) -> tuple[list[np.ndarray], list[np.ndarray], str]:
+  """Training arrays, held-out arrays, and how they were split."""
+  names = sorted(arrays)
+  if len(names) == 1:
+    only = arrays[names[0]]
+    cut = len(only) - int(len(only) * held_out)
+    return [only[:cut]], [only[cut:]], "tail of the only shard"
+  held = {n for n in names if _is_held_out(n)}
+  how = "shards named val or eval"
+  if len(held) == len(names):
+    raise errors.UserError(
+      f"data.path: all {len(names)} shards are held out by their names"
+    )
+  if not held:
+    held, how = {names[-1]}, f"last shard, {names[-1]}"
+  return (
+    [arrays[n] for n in names if n not in held],
+    [arrays[n] for n in names if n in held],
+    how,
+  )
+
+
+def _is_held_out(name: str) -> bool:
+  file = name.rsplit("/", 1)[-1].lower()
+  return "val" in file or "eval" in file
+
+
+def _joined(arrays: Iterable[np.ndarray]) -> corpus_lib.Tokens:
+  arrays = list(arrays)
+  if not sum(map(len, arrays)):
+    raise errors.UserError("data.path: a split of the shards has no tokens")
+  return arrays[0] if len(arrays) == 1 else Concatenation(arrays)
