@@ -2,6 +2,10 @@
 
 from jaxlib_ext.labels import label_params as label_params
 from optim.accounting import state_bytes as state_bytes
+from optim.apply import apply_updates as apply_updates
+from optim.eco import EcoState as EcoState
+from optim.eco import eco as eco
+from optim.eco import eco_flush as eco_flush
 from optim.muon import MuonState as MuonState
 from optim.muon import muon as muon
 from optim.muon import scale_by_muon as scale_by_muon

@@ -1,0 +1,358 @@
+"""ECO: training quantized parameters without a float copy of them.
+
+The rounding error of each step goes into the momentum, with the one factor
+that keeps it out of the trajectory altogether (Nikdan et al., arXiv
+2601.22101). The momentum is kept in units of the weights, so no step divides
+by a learning rate. Per matrix, with ρ_t = 1 - η_t λ:
+
+  u' = β u + (1 - β) η_t Δ           Δ: the inner transformation's direction
+  θ~ = ρ_t θ - u'                    what the new weights should be
+  θ  <- Q(θ~)
+  u  <- u' - (θ~ - Q(θ~)) / c_{t+1}
+
+where c_t, the horizon, is how far one unit of u_t will move the weights in
+all steps to come: c_t = β (1 + c_{t+1}) / ρ_t, and c = β / (ρ - β) where ρ is
+constant. Then z_t = θ_t - c_t u_t, where the weights would come to rest were
+there no more gradients, obeys
+
+  z_{t+1} = ρ_t z_t - (1 + c_{t+1}) (1 - β) η_t Δ_t
+
+in which no rounding error appears: the recursion of unquantized training.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlib_ext import labels as labels_lib
+from jaxlib_ext import paths, quantization
+from optim import numerics
+
+_ROUNDINGS = ("stochastic", "nearest")
+_MAX_LOOK_AHEAD = 4096
+
+
+class EcoState(NamedTuple):
+  """State of `eco`.
+
+  Attributes:
+    count: int32, steps taken.
+    key: uint32 words of the PRNG key that every step's keys come from.
+    horizon: float32, c_count; 0 if rounding to nearest, where z is not to be
+      exported.
+    u: float32 momentum of each matrix, in units of the weights;
+      `optax.MaskedNode` elsewhere.
+    inner: state of the inner transformation, over the matrices.
+    fallback: state of the fallback, over everything else.
+  """
+
+  count: jax.Array
+  key: jax.Array
+  horizon: jax.Array
+  u: Any
+  inner: Any
+  fallback: Any
+
+
+def _concrete(x: Any) -> float | None:
+  """x as a Python number, or None for a schedule or a traced value."""
+  return None if callable(x) or _is_traced(x) else float(x)
+
+
+def _is_traced(x: Any) -> bool:
+  return isinstance(x, jax.core.Tracer)
+
+
+def _is_abstract(x: Any) -> bool:
+  return isinstance(x, jax.ShapeDtypeStruct)
+
+
+def _check(learning_rate, momentum, weight_decay, rounding) -> None:
+  if rounding not in _ROUNDINGS:
+    raise ValueError(f"rounding: got {rounding!r}; allowed: {_ROUNDINGS}")
+  beta = _concrete(momentum)
+  if beta is None:
+    return
+  if not 0 < beta < 1:
+    raise ValueError(
+      f"momentum must be inside (0, 1), got {beta}: it carries the rounding "
+      "errors from one step to the next"
+    )
+  if rounding == "nearest" and beta > 0.9:
+    warnings.warn(
+      f'rounding="nearest" with momentum={beta} > 0.9: a weight stays where it '
+      f"is until it should have moved {0.5 / (1 - beta):.3g} grid steps; use "
+      '"stochastic" or a momentum of at most 0.9',
+      stacklevel=3,
+    )
+  rate, decay = _concrete(learning_rate), _concrete(weight_decay)
+  if rate is not None and decay is not None and rate * decay >= 1 - beta:
+    raise ValueError(
+      "learning_rate * weight_decay must be less than 1 - momentum, got "
+      f"{rate} * {decay} and momentum={beta}: the decay would outrun it"
+    )
+
+
+def _horizon(learning_rate, momentum, weight_decay, count) -> jax.Array:
+  """c_count = sum over k >= 1 of β^k / (ρ_count ... ρ_{count+k-1})."""
+  beta = jnp.asarray(momentum, jnp.float32)
+  if _concrete(weight_decay) == 0:
+    return beta / (1 - beta)
+  decay = jnp.asarray(weight_decay, jnp.float32)
+  if not callable(learning_rate):
+    rho = 1 - jnp.asarray(learning_rate, jnp.float32) * decay
+    return beta / (rho - beta)
+  known = _concrete(momentum)
+  # Until β^k is lost in float32, or the rate is taken as constant.
+  terms = _MAX_LOOK_AHEAD
+  if known is not None:
+    terms = min(terms, math.ceil(24 / -math.log2(known)))
+  rates = jax.vmap(learning_rate)(count + jnp.arange(terms))
+  rho = 1 - jnp.asarray(rates, jnp.float32) * decay
+  products = jnp.cumprod(beta / rho)
+  return jnp.sum(products) + products[-1] * beta / (rho[-1] - beta)
+
+
+def _roles(labels: labels_lib.Labels, params: Any, strict: bool) -> Any:
+  """Labels of the parameters, checked against which ones are quantized.
+
+  With `strict` False an unquantized matrix may be abstract: what
+  `optax.MultiSteps` is initialised with.
+  """
+  roles = labels_lib.resolve(labels, params)
+
+  def check(path, leaf, role):
+    quantized = quantization.is_qtensor(leaf)
+    known = strict or not (_is_abstract(leaf) or _is_traced(leaf))
+    if role == "matrix" and not quantized and known:
+      raise ValueError(
+        f'params: {paths.leaf_name(path)!r} is labelled "matrix" but is not '
+        "quantized; pass the parameters through quantization.quantize_tree, or "
+        "give it another label"
+      )
+    if role != "matrix" and quantized:
+      raise ValueError(
+        f"params: {paths.leaf_name(path)!r} is a QTensor but is labelled "
+        f'{role!r}; eco trains those labelled "matrix"'
+      )
+
+  jax.tree_util.tree_map_with_path(
+    check, params, roles, is_leaf=quantization.is_qtensor
+  )
+  return roles
+
+
+def _only(tree: Any, roles: Any, wanted: bool) -> Any:
+  """Keeps the leaves that are (are not) matrices; the rest are masked."""
+  return jax.tree.map(
+    lambda role, x: x if (role == "matrix") == wanted else optax.MaskedNode(),
+    roles,
+    tree,
+  )
+
+
+def _fallback(
+  given: optax.GradientTransformation | None,
+  learning_rate: optax.ScalarOrSchedule,
+  weight_decay: Any,
+  roles: Any,
+) -> optax.GradientTransformationExtraArgs:
+  if given is not None:
+    return optax.with_extra_args_support(given)
+
+  def adamw(decay):
+    return numerics.in_float32(
+      optax.adamw(learning_rate, b1=0.9, b2=0.95, eps=1e-10, weight_decay=decay)
+    )
+
+  kinds = jax.tree.map(
+    lambda role: "vector" if role == "vector" else "decayed",
+    _only(roles, roles, False),
+  )
+  return optax.partition(
+    {"decayed": adamw(weight_decay), "vector": adamw(0.0)}, kinds
+  )
+
+
+def eco(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  inner: optax.GradientTransformation | None = None,
+  momentum: float = 0.9,
+  weight_decay: float = 0.0,
+  rounding: str = "stochastic",
+  seed: int = 0,
+  labels: labels_lib.Labels = None,
+  fallback: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Momentum SGD, or momentum over `inner`, on quantized matrices.
+
+  `update(grads, state, params)` takes float gradients of the dequantized
+  parameters. The update of a quantized matrix is its new `QTensor`, to be
+  applied by `optim.apply_updates`; that of any other leaf is to be added.
+  The gradients can be clipped before in an `optax.chain`; nothing but a
+  wrapper that selects or zeroes updates may come after. Under
+  `optax.inject_hyperparams` pass `hyperparam_dtype=jnp.float32`, and
+  functions other than schedules, such as `labels`, in `static_args`.
+  `optax.MultiSteps` accumulates float gradients, so initialise it with
+  `jax.eval_shape(quantization.dequantize_tree, params)`; to skip steps with
+  bad gradients use its `should_skip_update_fn`, as `optax.apply_if_finite`
+  requires updates to be like gradients.
+
+  Exact for any schedule and weight decay: c_t looks ahead along the schedule.
+  A learning rate that is a traced value is taken to stay.
+
+  Args:
+    learning_rate: a value or a schedule.
+    inner: a momentum-free transformation that gives the direction from the
+      gradients, such as `optax.scale_by_rms()`; None for the gradients
+      themselves.
+    momentum: β, inside (0, 1).
+    weight_decay: λ, decoupled; the fallback's too, "vector" leaves excepted.
+    rounding: "stochastic", or "nearest", which does not move a weight before
+      it should have moved by half a grid step / (1 - β).
+    seed: of the random bits of stochastic rounding, which depend on it, the
+      step, the position of the leaf and that of the element only.
+    labels: as for `jaxlib_ext.labels.resolve`.
+    fallback: the transformation for all leaves not labelled "matrix", rate
+      and sign included; default AdamW(b1=0.9, b2=0.95, eps=1e-10).
+
+  Returns:
+    The transformation, with an `EcoState`.
+
+  Raises:
+    ValueError: an argument out of range; at init and update, a matrix that is
+      not quantized or a quantized leaf that is not labelled "matrix".
+  """
+  _check(learning_rate, momentum, weight_decay, rounding)
+  inner = optax.with_extra_args_support(inner or optax.identity())
+  stochastic = rounding == "stochastic"
+
+  def init(params):
+    roles = _roles(labels, params, strict=False)
+    is_leaf = quantization.is_qtensor
+    matrices = _only(params, roles, True)
+    zeros = lambda: jax.tree.map(
+      lambda x: jnp.zeros(x.shape, jnp.float32), matrices, is_leaf=is_leaf
+    )
+    others = jax.tree.map(
+      lambda x: jnp.zeros_like(x) if _is_abstract(x) else x,
+      _only(params, roles, False),
+    )
+    other = _fallback(fallback, learning_rate, weight_decay, roles)
+    return EcoState(
+      count=jnp.zeros((), jnp.int32),
+      key=jax.random.key_data(jax.random.key(seed)),
+      horizon=jnp.zeros((), jnp.float32),
+      u=zeros(),
+      # Compiled, the zeros are never allocated unless the state holds them.
+      inner=jax.jit(lambda: inner.init(zeros()))(),
+      fallback=other.init(others),
+    )
+
+  def update(grads, state, params=None, **extra_args):
+    if params is None:
+      raise ValueError("params: eco.update needs the parameters, got None")
+    roles = _roles(labels, params, strict=True)
+    other = _fallback(fallback, learning_rate, weight_decay, roles)
+    updates, fallback_state = other.update(
+      _only(grads, roles, False),
+      state.fallback,
+      _only(params, roles, False),
+      **extra_args,
+    )
+    old = _only(params, roles, True)
+    weights = quantization.dequantize_tree(old)
+    direction, inner_state = inner.update(
+      numerics.widen(_only(grads, roles, True)),
+      state.inner,
+      weights,
+      **extra_args,
+    )
+
+    count = optax.safe_increment(state.count)
+    rate = learning_rate
+    if callable(rate):
+      rate = rate(state.count)
+    rate = jnp.asarray(rate, jnp.float32)
+    beta = jnp.asarray(momentum, jnp.float32)
+    rho = 1 - rate * jnp.asarray(weight_decay, jnp.float32)
+    horizon = _horizon(learning_rate, momentum, weight_decay, count)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
+
+    def step(leaf, theta, u, delta, i):
+      u = beta * u + (1 - beta) * rate * delta
+      target = rho * theta - u
+      leaf_key = jax.random.fold_in(key, i) if stochastic else None
+      new = quantization.quantize(target, leaf.format, key=leaf_key)
+      return new, u - (target - new.dequantize()) / horizon
+
+    leaves, treedef = jax.tree.flatten(old, is_leaf=quantization.is_qtensor)
+    stepped = [
+      step(*args, i)
+      for i, args in enumerate(
+        zip(
+          leaves,
+          treedef.flatten_up_to(weights),
+          treedef.flatten_up_to(state.u),
+          treedef.flatten_up_to(direction),
+          strict=True,
+        )
+      )
+    ]
+    quantized = treedef.unflatten([new for new, _ in stepped])
+    updates = jax.tree.map(
+      lambda role, new, update: new if role == "matrix" else update,
+      roles,
+      quantized,
+      updates,
+    )
+    return updates, EcoState(
+      count=count,
+      key=state.key,
+      horizon=horizon if stochastic else jnp.zeros_like(state.horizon),
+      u=treedef.unflatten([u for _, u in stepped]),
+      inner=inner_state,
+      fallback=fallback_state,
+    )
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def eco_flush(params: Any, state: Any) -> Any:
+  """The parameters to export: the nearest rounding of z = θ - c u.
+
+  Stochastic rounding leaves each weight some grid steps' noise around z, and
+  the momentum remembers how much. The result is for use, not for training on
+  with `state`. A run that rounds to nearest lags behind z by a multiple of
+  the grid step, and is returned as it is.
+
+  Args:
+    params: parameters that `eco` trains.
+    state: its state, or one that has it inside.
+
+  Returns:
+    A pytree like `params`.
+
+  Raises:
+    ValueError: there is no `EcoState` in `state`, or more than one.
+  """
+  is_state = lambda x: isinstance(x, EcoState)
+  found = [s for s in jax.tree.leaves(state, is_leaf=is_state) if is_state(s)]
+  if len(found) != 1:
+    raise ValueError(f"state must hold one EcoState, got {len(found)}")
+  (state,) = found
+
+  def flush(param, u):
+    if not quantization.is_qtensor(param):
+      return param
+    z = param.dequantize() - state.horizon * u
+    return quantization.quantize(z, param.format)
+
+  return jax.tree.map(flush, params, state.u, is_leaf=quantization.is_qtensor)
