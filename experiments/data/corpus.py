@@ -71,8 +71,9 @@ class Corpus:
 
   def summary(self) -> str:
     """One line for a person."""
-    facts = self.facts
-    files = f", {facts['files']} files" if "files" in facts else ""
+    facts, files = self.facts, ""
+    if "files" in facts:
+      files = f", {facts['files']} file{'s' * (facts['files'] != 1)}"
     python = f" {facts['python']}" if "python" in facts else ""
     size = "" if self.train_bytes is None else (
       f" ({self.train_bytes + self.eval_bytes:,} bytes)"

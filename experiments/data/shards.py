@@ -139,9 +139,7 @@ def _read_written(
       )
     for name, array in found:
       _check(meta.with_name(name), array, tokenizer)
-  if cache is not None:
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(cache)
+  tokenization.keep(tokenizer, cache)
   return corpus_lib.Corpus(
     train=arrays["train"],
     eval=arrays["val"],

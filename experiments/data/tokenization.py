@@ -200,7 +200,7 @@ def parse(spec: str) -> int | None:
         f"to {MAX_BPE}"
       )
     return int(number)
-  if spec != "bytes" and not pathlib.Path(spec).expanduser().exists():
+  if spec != "bytes" and not pathlib.Path(spec).expanduser().is_file():
     allowed = ("bytes", "bpe:8192", "the path of a tokenizer.json")
     raise errors.UserError(
       f"data.tokenizer: got {spec!r}, which is no file; "
@@ -231,10 +231,15 @@ def make(
     tokenizer = train(size, texts)
   else:
     tokenizer = load(pathlib.Path(spec).expanduser(), name=_name(spec))
-  if cache is not None:
+  keep(tokenizer, cache)
+  return tokenizer
+
+
+def keep(tokenizer: Tokenizer, cache: pathlib.Path | None) -> None:
+  """Writes the cache unless it exists: other processes may be reading it."""
+  if cache is not None and not cache.exists():
     cache.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(cache)
-  return tokenizer
 
 
 def train(size: int, texts: Iterable[bytes]) -> Subwords:
