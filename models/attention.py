@@ -72,11 +72,19 @@ def causal_attention(
   """
   b, t, h, size = q.shape
   repeat = h // k.shape[2]
-  q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+  q, k, v = (_heads_first(x) for x in (q, k, v))
   if repeat > 1:
     k, v = (jnp.repeat(x, repeat, axis=1) for x in (k, v))
   out = _causal(q, k, v, segment_ids)
   return jnp.swapaxes(out, 1, 2)
+
+
+def _heads_first(x):
+  """[B, T, H, K] to [B, H, T, K] by a copy, as in `layers.transpose`."""
+  b, t, h, size = x.shape
+  block = layers.block_size(t)
+  x = x.reshape(b, t // block, block, h, size)
+  return jnp.moveaxis(x, 3, 1).reshape(b, h, t, size)
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:

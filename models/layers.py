@@ -90,9 +90,14 @@ def transpose(x: jax.Array) -> jax.Array:
   transpose is folded into the product, which is then computed in float32.
   """
   *batch, rows, columns = x.shape
-  block = next((b for b in (32, 16, 8, 4, 2) if rows % b == 0), rows)
+  block = block_size(rows)
   x = x.reshape(*batch, rows // block, block, columns)
   return jnp.moveaxis(x, -1, -3).reshape(*batch, columns, rows)
+
+
+def block_size(rows: int) -> int:
+  """Of the two axes that `transpose` splits an axis of `rows` into."""
+  return next((b for b in (32, 16, 8, 4, 2) if rows % b == 0), rows)
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
