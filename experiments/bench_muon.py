@@ -106,8 +106,8 @@ def singular_value_range(
     )
     for threshold, ends in out.items():
       k = np.sum(before >= float(threshold) * np.linalg.norm(before))
-      ends[0] = min(ends[0], after[k - 1] / factor)
-      ends[1] = max(ends[1], after[0] / factor)
+      ends[0] = float(min(ends[0], after[k - 1] / factor))
+      ends[1] = float(max(ends[1], after[0] / factor))
   return out
 
 
@@ -198,7 +198,8 @@ def main(argv: list[str]) -> None:
   cfg = transformer.llama(_MODEL.value)
   result = compare(cfg, _REPEATS.value)
   for name, ends in result["ranges"].items():
-    print(f"{name:42s} singular values {ends}")
+    low, high = ends["0.001"]
+    print(f"{name:42s} singular values {low:.3f} to {high:.3f}")
   for name, median in result["median"].items():
     low, high = result["spread"][name]
     print(

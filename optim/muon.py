@@ -245,7 +245,9 @@ def muon(
     matrix_axes: as for `scale_by_muon`.
     momentum_dtype: as for `scale_by_muon`.
     labels: a pytree of labels or a function of the parameters giving one;
-      default `label_params`. Muon takes the leaves labelled "matrix".
+      default `label_params`. `optax.inject_hyperparams` takes functions for
+      schedules: give it `static_args=("labels",)`. Muon takes the leaves
+      labelled "matrix".
     fallback: the transformation for all the others, learning rate and sign
       included; default AdamW(b1=0.9, b2=0.95, eps=1e-10) at the same
       `learning_rate` and `weight_decay`, which are otherwise not used for

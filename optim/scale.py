@@ -120,7 +120,8 @@ def column_normalized_sgd(
     vector_b2: Adam's second decay.
     vector_eps: Adam's epsilon.
     labels: a pytree of labels or a function of the parameters giving one;
-      default `label_params`.
+      default `label_params`. `optax.inject_hyperparams` takes functions for
+      schedules: give it `static_args=("labels",)`.
 
   Returns:
     The transformation; updates are to be added to the parameters.
