@@ -1,7 +1,43 @@
-"""How the mains report a mistake of the user's."""
+"""How the mains report a mistake of the user's: one line, exit code 2."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+
+from jaxlib_ext import checkpoint
 
 
 class UserError(ValueError):
   """A mistake of the user's: printed as one line, exit code 2."""
+
+
+def run_main(name: str, main: Callable[[Sequence[str]], None]) -> None:
+  """Runs an absl main; bad flags, bad input and a full disk end in one line.
+
+  Args:
+    name: of the program, put before the line.
+    main: takes what is left of the command line behind the flags.
+  """
+
+  def fail(error: Exception) -> None:
+    print(f"{name}: {error}", file=sys.stderr)
+    sys.exit(2)
+
+  def parse(argv: Sequence[str]) -> list[str]:
+    try:
+      return flags.FLAGS(list(argv))
+    except flags.Error as e:
+      fail(e)
+
+  def checked(argv: Sequence[str]) -> None:
+    try:
+      if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}")
+      main(argv)
+    except (UserError, checkpoint.CheckpointError, OSError) as e:
+      fail(e)
+
+  app.run(checked, flags_parser=parse)

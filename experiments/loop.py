@@ -212,6 +212,7 @@ class Run:
       seed=training.seed,
     )
     self._banner(first)
+    train_step = self.trainer.compile()
     with (
       Interrupt() as interrupt,
       data.Prefetcher(stream.batch, first) as batches,
@@ -220,7 +221,7 @@ class Run:
       signalled = None
       while step < training.steps and not signalled:
         batch = self.trainer.place(next(batches))
-        state, metrics = self.trainer.step(state, batch)
+        state, metrics = train_step(state, batch)
         step += 1
         signalled = interrupt.seen()
         last = step == training.steps
@@ -387,7 +388,6 @@ class Meter:
     self._board = None
     if run.main:
       self._board = reports.TensorBoard(run.workdir / "tensorboard", first)
-    run.trainer.compile()  # so that the first rate is that of training
     self.restart(first)
 
   def __enter__(self) -> Meter:

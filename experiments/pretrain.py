@@ -10,14 +10,12 @@ from __future__ import annotations
 import logging as std_logging
 import pathlib
 import re
-import sys
 from collections.abc import Sequence
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
 from experiments import configs, errors, loop
-from jaxlib_ext import checkpoint
 
 _CONFIG = flags.DEFINE_string(
   "config", "tiny", f"One of {', '.join(sorted(configs.CONFIGS))}."
@@ -36,22 +34,17 @@ _PROCESS = flags.DEFINE_integer("process_id", 0, "Which of them this is.")
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs one config; a user's mistake ends in one line and exit code 2."""
+  """Runs or resumes one config."""
+  del argv
   logging.set_verbosity(logging.ERROR)
   # A damaged checkpoint is reported by us; asyncio would add its own pages.
   std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
-  try:
-    if len(argv) > 1:
-      raise errors.UserError(f"unexpected argument {argv[1]!r}")
-    config = configs.resolve(_CONFIG.value, _SET.value)
-    if _COORDINATOR.value:
-      jax.distributed.initialize(
-        _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
-      )
-    loop.Run(config, _workdir()).train()
-  except (errors.UserError, checkpoint.CheckpointError, OSError) as e:
-    print(f"pretrain: {e}", file=sys.stderr)
-    sys.exit(2)
+  config = configs.resolve(_CONFIG.value, _SET.value)
+  if _COORDINATOR.value:
+    jax.distributed.initialize(
+      _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+    )
+  loop.Run(config, _workdir()).train()
 
 
 def _workdir() -> pathlib.Path:
@@ -62,4 +55,4 @@ def _workdir() -> pathlib.Path:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  errors.run_main("pretrain", main)

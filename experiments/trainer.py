@@ -114,7 +114,7 @@ class Trainer:
     )
     updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
     params = optim.apply_updates(state.params, updates)
-    metrics = {"loss": metrics["nll"], "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": metrics["nll"], "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, opt_state), metrics
 
   @functools.cache

@@ -1,0 +1,148 @@
+"""Each mistake gets one line that says what was got and what is allowed."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from experiments import configs, errors
+from tests.experiments import runs
+
+REFUSED = {
+  "training.stepz=3": ["training.stepz", "did you mean 'steps'"],
+  "trainning.steps=3": ["trainning", "training"],
+  "training.steps=ten": ["training.steps", "'ten'", "int"],
+  "training.steps=0": ["training.steps", "at least 1"],
+  "training.steps": ["path.to.field=value"],
+  "optimizer.name=mun": ["'mun'", "did you mean 'muon'", "adamw"],
+  "optimizer.momentm=0.9": ["optimizer.momentm", "adamw"],
+  "optimizer.b1=big": ["optimizer.b1", "'big'", "float"],
+  "optimizer.learning_rate=-1": ["optimizer.learning_rate", "-1"],
+  "optimizer.schedule=cosin": ["cosin", "did you mean 'cosine'"],
+  "quantization.format=int5:x": ["int5:x"],
+  "model.preset=61M": ["61M", "60M"],
+  "model.d_modle=3": ["model.d_modle", "did you mean 'd_model'"],
+  "model.d_model=33": ["d_model", "33"],
+  "model.remat=some": ["some", "full"],
+  "mesh.data=0": ["mesh.data", "at least 1"],
+  "data.source=web": ["web", "python", "files", "shards"],
+  "data.source=files": ["data.path"],
+  "data.held_out=2": ["data.held_out", "2"],
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_overrides(override):
+  with pytest.raises(errors.UserError) as e:
+    configs.resolve("smoke", [override])
+  for word in REFUSED[override]:
+    assert word in str(e.value)
+  assert "\n" not in str(e.value)
+
+
+def test_config_name():
+  with pytest.raises(errors.UserError, match="did you mean 'tiny'"):
+    configs.resolve("tinny")
+
+
+@pytest.fixture
+def corpus(tmp_path):
+  return runs.write_corpus(tmp_path / "corpus")
+
+
+@pytest.mark.parametrize(
+  ("override", "words"),
+  [
+    ("mesh.data=16", ["16", "8"]),
+    ("training.batch_size=7 mesh.data=2", ["training.batch_size", "7", "2"]),
+    ("mesh.tensor=3", ["3"]),
+    ("model.vocab_size=100", ["model.vocab_size", "100", "256"]),
+    ("data.path=/nowhere", ["/nowhere"]),
+    ("data.tokenizer=bpe:many", ["bpe:many"]),
+    ("data.tokenizer=bites", ["bites", "bytes"]),
+    ("training.seq_len=10000000", ["10000001"]),
+  ],
+)
+def test_runs(tmp_path, corpus, override, words):
+  settings = runs.settings(corpus, *override.split())
+  with pytest.raises(errors.UserError) as e:
+    runs.run(tmp_path / "run", settings)
+  for word in words:
+    assert word in str(e.value), e.value
+  assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("kind", ["empty", "binary", "small"])
+def test_corpora(tmp_path, kind):
+  corpus = tmp_path / "corpus"
+  corpus.mkdir()
+  if kind == "binary":
+    (corpus / "a.bin").write_bytes(bytes(1000))
+  elif kind == "small":
+    (corpus / "a.txt").write_text("too short")
+  with pytest.raises(errors.UserError) as e:
+    runs.run(tmp_path / "run", runs.settings(corpus))
+  assert "\n" not in str(e.value)
+
+
+def test_another_configs_workdir_is_left_alone(tmp_path, corpus):
+  runs.run(tmp_path / "run", runs.settings(corpus))
+  files = [p for p in (tmp_path / "run").rglob("*") if p.is_file()]
+  before = {p: p.read_bytes() for p in files}
+  with pytest.raises(errors.UserError, match="training.seed: 0 → 1"):
+    runs.run(tmp_path / "run", runs.settings(corpus, "training.seed=1"))
+  assert {p: p.read_bytes() for p in files} == before
+
+
+def test_a_changed_corpus_is_refused(tmp_path, corpus):
+  runs.run(tmp_path / "run", runs.settings(corpus))
+  (corpus / "00.txt").write_text("other words " * 400)
+  with pytest.raises(errors.UserError, match="corpus has changed"):
+    runs.run(tmp_path / "run", runs.settings(corpus))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "flags", [["--config=nothing"], ["--set=mesh.data=99"], ["--stes=3"]]
+)
+def test_the_main_exits_with_two_and_one_line(tmp_path, flags):
+  done = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "experiments.pretrain",
+      "--config=smoke",
+      f"--workdir={tmp_path / 'run'}",
+      *flags,
+    ],
+    cwd=runs.ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2, done
+  assert done.stdout == ""
+  assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, corpus):
+  """A file-size limit stands in for a disk without room."""
+  settings = runs.settings(corpus)
+  workdir = tmp_path / "run"
+  process = runs.start(workdir, settings)
+  runs.wait_for_step(process, workdir, 5)
+  process.kill()
+  process.communicate()
+  limit = (4096, resource.RLIM_INFINITY)
+  process = runs.start(workdir, settings)
+  resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limit)
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 2, err
+  assert len(err.strip().splitlines()[-1:]) == 1 and "pretrain:" in err
+  runs.run(workdir, settings)
+  whole = tmp_path / "whole"
+  runs.run(whole, settings)
+  runs.assert_same_bits(
+    runs.final_state(whole, settings), runs.final_state(workdir, settings)
+  )

@@ -1,0 +1,118 @@
+"""A run that was killed writes the same bits as one that was not."""
+
+import signal
+
+import pytest
+
+from jaxlib_ext import records
+from tests.experiments import runs
+
+# ECO draws random bits at every step; the others cover each kind of state.
+OPTIMIZERS = {
+  "adamw": (),
+  "muon": (),
+  "scale": (),
+  "eco": ("quantization.format=int4:32",),
+}
+
+
+def losses(workdir):
+  return [
+    (m["step"], m["loss"], m.get("eval_loss"))
+    for m in records.read(workdir / "metrics.jsonl")
+  ]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+  return runs.write_corpus(tmp_path / "corpus")
+
+
+def test_what_a_run_leaves(tmp_path, corpus):
+  workdir = tmp_path / "run"
+  summary = runs.run(workdir, runs.settings(corpus))
+  names = {p.name for p in workdir.iterdir()}
+  assert names >= {
+    "config.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "summary.json",
+    "loss.png",
+    "tensorboard",
+  }
+  metrics = records.read(workdir / "metrics.jsonl")
+  assert [m["step"] for m in metrics] == list(range(1, 13))
+  for key in ("tokens", "tokens_per_second", "peak_bytes", "corpus"):
+    assert metrics[-1][key]
+  assert [m["step"] for m in metrics if "eval_loss" in m] == [6, 12]
+  assert metrics[-1]["loss"] < metrics[0]["loss"]
+  assert summary["final_eval_loss"] == metrics[-1]["eval_loss"]
+  assert summary["versions"]["jax"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_killed_and_resumed_is_bit_identical(tmp_path, corpus, optimizer):
+  more = (f"optimizer.name={optimizer}", *OPTIMIZERS[optimizer])
+  settings = runs.settings(corpus, *more)
+  runs.run(tmp_path / "whole", settings)
+  killed = tmp_path / "killed"
+  for step in (2, 6, 9):
+    process = runs.start(killed, settings)
+    runs.wait_for_step(process, killed, step)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+  runs.run(killed, settings)
+  runs.assert_same_bits(
+    runs.final_state(tmp_path / "whole", settings),
+    runs.final_state(killed, settings),
+  )
+  assert losses(tmp_path / "whole") == losses(killed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_leaves_cleanly(tmp_path, corpus, name):
+  settings = runs.settings(
+    corpus, "training.checkpoint_every=0", "training.steps=2000"
+  )
+  workdir = tmp_path / "run"
+  process = runs.start(workdir, settings)
+  runs.wait_for_step(process, workdir, 5)
+  process.send_signal(getattr(signal, name))
+  out, err = process.communicate(timeout=60)
+  assert process.returncode == 0, err
+  assert f"{name}: saved step" in out
+  saved = runs.final_state(workdir, settings).step
+  assert saved >= 5
+  assert records.read(workdir / "metrics.jsonl")[-1]["step"] == saved
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_previous_used(
+  tmp_path, corpus, caplog
+):
+  settings = runs.settings(corpus)
+  workdir = tmp_path / "run"
+  runs.run(workdir, settings)
+  whole = runs.final_state(workdir, settings)
+  latest = workdir / "checkpoints" / "step_12"
+  files = [p for p in latest.rglob("*") if p.is_file() and "/d/" in str(p)]
+  largest = max(files, key=lambda p: p.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  middle = len(content) // 2
+  content[middle : middle + 64] = bytes(64)
+  largest.write_bytes(content)
+  runs.run(workdir, settings)
+  assert "checkpoint of step 12 is damaged" in caplog.text
+  assert (workdir / "damaged_step_12").is_dir()
+  runs.assert_same_bits(whole, runs.final_state(workdir, settings))
+
+
+def test_a_finished_run_says_so_and_changes_nothing(tmp_path, corpus):
+  settings = runs.settings(corpus)
+  runs.run(tmp_path, settings)
+  before = losses(tmp_path)
+  summary = runs.run(tmp_path, settings)
+  assert summary["step"] == 12
+  assert losses(tmp_path) == before
