@@ -149,16 +149,11 @@ class Run:
     return corpus
 
   def _model_config(self):
-    vocab = self.corpus.tokenizer.vocab_size
     try:
-      cfg = self.config.model.build(vocab)
+      cfg = self.config.model.build(self.corpus.tokenizer.vocab_size)
     except ValueError as e:
       raise errors.UserError(f"model: {e}") from e
-    if cfg.vocab_size < vocab:
-      raise errors.UserError(
-        f"model.vocab_size: got {cfg.vocab_size}; the tokenizer "
-        f"{self.config.data.tokenizer!r} needs at least {vocab}"
-      )
+    data.check_vocab(cfg.vocab_size, self.corpus.tokenizer)
     return cfg
 
   def _write_config(self, cfg) -> None:
@@ -212,16 +207,17 @@ class Run:
       seed=training.seed,
     )
     self._banner(first)
-    train_step = self.trainer.compile()
     with (
       Interrupt() as interrupt,
-      data.Prefetcher(stream.batch, first) as batches,
+      data.Prefetcher(
+        lambda step: stream.batch(step, self.trainer.rows), first
+      ) as batches,
       Meter(self, first) as meter,
     ):
       signalled = None
       while step < training.steps and not signalled:
         batch = self.trainer.place(next(batches))
-        state, metrics = train_step(state, batch)
+        state, metrics = self.trainer.step(state, batch)
         step += 1
         signalled = interrupt.seen()
         last = step == training.steps

@@ -117,26 +117,25 @@ class Trainer:
     metrics = {"loss": metrics["nll"], "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, opt_state), metrics
 
-  @functools.cache
-  def compile(self) -> jax.stages.Compiled:
-    """`(state, tokens [B, T + 1]) -> (state, metrics)`, state donated.
+  @functools.cached_property
+  def step(self) -> jax.stages.Wrapped:
+    """`(state, tokens [B, T + 1]) -> (state, metrics)`, state donated."""
+    return jax.jit(
+      self._step,
+      donate_argnums=0,
+      out_shardings=(self.shardings, NamedSharding(self.mesh, PartitionSpec())),
+    )
 
-    Compiled ahead of time for one shape: a step that would compile again
-    raises instead.
-    """
+  @functools.cached_property
+  def compiled(self) -> jax.stages.Compiled:
+    """`step` compiled ahead of time, which `step` then uses."""
     training = self.config.training
     tokens = jax.ShapeDtypeStruct(
       (training.batch_size, training.seq_len + 1),
       jnp.int32,
       sharding=self.batch_sharding,
     )
-    replicated = NamedSharding(self.mesh, PartitionSpec())
-    step = jax.jit(
-      self._step,
-      donate_argnums=0,
-      out_shardings=(self.shardings, replicated),
-    )
-    return step.lower(self.target, tokens).compile()
+    return self.step.lower(self.target, tokens).compile()
 
   @functools.cached_property
   def _evaluate(self):
@@ -154,9 +153,10 @@ class Trainer:
     """Mean nats per held-out token over `(tokens, weights)` batches."""
     total, count = 0.0, 0.0
     for tokens, weights in batches:
-      if weights.any():
-        nll = self._evaluate(params, self.place(tokens), self.place(weights))
-        total, count = total + float(nll), count + float(weights.sum())
+      nll = self._evaluate(
+        params, self.place(tokens[self.rows]), self.place(weights[self.rows])
+      )
+      total, count = total + float(nll), count + float(weights.sum())
     return total / count
 
   def exported(self, state: TrainState) -> Any:
@@ -166,10 +166,24 @@ class Trainer:
     flush = jax.jit(optim.eco_flush, out_shardings=self.shardings.params)
     return flush(state.params, state.opt_state)
 
-  def place(self, rows: np.ndarray) -> jax.Array:
-    """A host's copy of the whole batch as one array over the mesh."""
+  @functools.cached_property
+  def rows(self) -> slice:
+    """The rows of a batch that this process's devices hold."""
+    size = self.config.training.batch_size
+    held = self.batch_sharding.addressable_devices_indices_map((size, 1))
+    spans = [index[0].indices(size) for index in held.values()]
+    return slice(min(s[0] for s in spans), max(s[1] for s in spans))
+
+  def place(self, batch: np.ndarray) -> jax.Array:
+    """This process's rows of a batch → one array over the whole mesh."""
+    size, first = self.config.training.batch_size, self.rows.start
+
+    def part(index):
+      start, stop, _ = index[0].indices(size)
+      return batch[start - first : stop - first]
+
     return jax.make_array_from_callback(
-      rows.shape, self.batch_sharding, lambda index: rows[index]
+      (size, *batch.shape[1:]), self.batch_sharding, part
     )
 
   def state_bytes(self) -> dict[str, float]:
@@ -181,7 +195,7 @@ class Trainer:
     stats = self.mesh.devices.flat[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
       return stats["peak_bytes_in_use"]
-    plan = self.compile().memory_analysis()
+    plan = self.compiled.memory_analysis()
     return (
       plan.argument_size_in_bytes
       + plan.output_size_in_bytes

@@ -74,12 +74,9 @@ class Stream:
     batch_size: windows per step, over all processes.
     seq_len: T.
     seed: of the order.
-    process_index: which rows of each batch to read.
-    process_count: among how many processes they are divided.
 
   Raises:
-    UserError: fewer tokens than one window, or a batch that the processes
-      do not divide.
+    UserError: fewer tokens than one window.
   """
 
   def __init__(
@@ -89,18 +86,7 @@ class Stream:
     batch_size: int,
     seq_len: int,
     seed: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
   ):
-    if batch_size < 1 or batch_size % process_count:
-      raise errors.UserError(
-        f"training.batch_size: got {batch_size}, allowed: multiples of the "
-        f"{process_count} processes"
-      )
-    if not 0 <= process_index < process_count:
-      raise ValueError(
-        f"process_index: got {process_index}, allowed: 0 to {process_count - 1}"
-      )
     if len(tokens) < seq_len + 1:
       raise errors.UserError(
         f"data: one window of training.seq_len={seq_len} needs {seq_len + 1} "
@@ -109,12 +95,15 @@ class Stream:
     self.windows = (len(tokens) - 1) // seq_len
     self._tokens, self._batch, self._length = tokens, batch_size, seq_len
     self._seed = seed
-    rows = batch_size // process_count
-    self._rows = np.arange(process_index * rows, (process_index + 1) * rows)
 
-  def batch(self, step: int) -> np.ndarray:
-    """This process's rows of a step's batch `[rows, T + 1]`, int32."""
-    positions = step * self._batch + self._rows
+  def batch(self, step: int, rows: slice = slice(None)) -> np.ndarray:
+    """The batch of a step, counted from 0: int32 `[rows, T + 1]`.
+
+    Args:
+      step: how many batches come before.
+      rows: which rows of the whole batch to read: those of this process.
+    """
+    positions = step * self._batch + np.arange(self._batch)[rows]
     epochs, indices = np.divmod(positions, self.windows)
     order = np.empty_like(indices)
     for epoch in np.unique(epochs):

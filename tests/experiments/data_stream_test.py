@@ -116,15 +116,14 @@ def test_resuming_anywhere_gives_the_same_batches():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 12])
 def test_processes_share_the_batch(count):
-  whole = make(batch_size=12)
-  parts = [
-    make(batch_size=12, process_index=i, process_count=count)
-    for i in range(count)
-  ]
+  source = make(batch_size=12)
+  size = 12 // count
   for step in (0, 8, 1000):
-    rows = [p.batch(step) for p in parts]
-    assert all(len(r) == 12 // count for r in rows)
-    np.testing.assert_array_equal(np.concatenate(rows), whole.batch(step))
+    parts = [
+      source.batch(step, slice(i * size, (i + 1) * size)) for i in range(count)
+    ]
+    assert all(len(p) == size for p in parts)
+    np.testing.assert_array_equal(np.concatenate(parts), source.batch(step))
 
 
 def test_the_smallest_corpus():
@@ -137,17 +136,6 @@ def test_the_smallest_corpus():
 def test_too_few_tokens():
   with pytest.raises(errors.UserError, match="needs 1001 tokens.* have 1000"):
     data.Stream(TOKENS, batch_size=1, seq_len=1000)
-
-
-@pytest.mark.parametrize("batch_size", [0, 5])
-def test_batches_that_do_not_divide(batch_size):
-  with pytest.raises(errors.UserError, match=f"got {batch_size}.* 2 process"):
-    make(batch_size=batch_size, process_count=2)
-
-
-def test_process_index_out_of_range():
-  with pytest.raises(ValueError, match="process_index: got 2"):
-    make(process_index=2, process_count=2)
 
 
 @pytest.mark.parametrize("size", [2, 10, 11, 12, 41, 95, 1000])

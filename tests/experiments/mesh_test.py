@@ -11,9 +11,7 @@ EIGHT = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
 
 
 def losses(workdir):
-  return np.array(
-    [m["loss"] for m in records.read(workdir / "metrics.jsonl")]
-  )
+  return np.array([m["loss"] for m in records.read(workdir / "metrics.jsonl")])
 
 
 @pytest.fixture
