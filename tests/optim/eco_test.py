@@ -261,7 +261,9 @@ class RandomnessTest(parameterized.TestCase):
     spec = jax.sharding.PartitionSpec(None, "a", "b")
     place = jax.sharding.NamedSharding(mesh, spec)
     params = {"w": quantization.quantize(sample((2, 64, 16)), "int4:8")}
-    tx = optim.eco(0.05, weight_decay=0.1)
+    # Products with powers of two are exact, so it does not matter which of
+    # them a program contracts with a sum into one rounding.
+    tx = optim.eco(2.0**-4, momentum=0.5)
     outcomes = []
     for sharding in (jax.devices()[0], place):
       p = jax.device_put(params, sharding)
