@@ -30,7 +30,11 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     `[..., F]` in `x.dtype`.
   """
   if x.dtype == jnp.float32:
-    return x @ w.astype(jnp.float32)
+    # As a product of matrices: the gradient of a batched product contracts
+    # two axes, for which XLA:CPU copies an operand element by element, with
+    # the activation function computed again in that strided order.
+    rows = x.reshape(-1, x.shape[-1]) @ w.astype(jnp.float32)
+    return rows.reshape(*x.shape[:-1], w.shape[-1])
   return _low_precision_matmul(x, w)
 
 
