@@ -180,6 +180,34 @@ def _fallback(
   )
 
 
+def _step(
+  params: Any,
+  weights: Any,
+  momenta: Any,
+  directions: Any,
+  *,
+  momentum: jax.Array,
+  rate: jax.Array,
+  rho: jax.Array,
+  horizon: jax.Array,
+  key: jax.Array | None,
+) -> tuple[Any, Any]:
+  """The new quantized matrices and momenta, by the module's equations."""
+  leaves, treedef = jax.tree.flatten(params, is_leaf=quantization.is_qtensor)
+  floats = (treedef.flatten_up_to(t) for t in (weights, momenta, directions))
+  new, carried = [], []
+  for i, (leaf, theta, u, delta) in enumerate(
+    zip(leaves, *floats, strict=True)
+  ):
+    u = momentum * u + (1 - momentum) * rate * delta
+    target = rho * theta - u
+    leaf_key = None if key is None else jax.random.fold_in(key, i)
+    q = quantization.quantize(target, leaf.format, key=leaf_key)
+    new.append(q)
+    carried.append(u - (target - q.dequantize()) / horizon)
+  return treedef.unflatten(new), treedef.unflatten(carried)
+
+
 def eco(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -236,10 +264,11 @@ def eco(
 
   def init(params):
     roles = _roles(labels, params, strict=False)
-    is_leaf = quantization.is_qtensor
-    matrices = _only(params, roles, True)
-    zeros = lambda: jax.tree.map(
-      lambda x: jnp.zeros(x.shape, jnp.float32), matrices, is_leaf=is_leaf
+    # Zeros like the codes are divided among devices as they are.
+    u = jax.tree.map(
+      lambda x: jnp.zeros_like(getattr(x, "codes", x), dtype=jnp.float32),
+      _only(params, roles, True),
+      is_leaf=quantization.is_qtensor,
     )
     others = jax.tree.map(
       lambda x: jnp.zeros_like(x) if _is_abstract(x) else x,
@@ -250,9 +279,8 @@ def eco(
       count=jnp.zeros((), jnp.int32),
       key=jax.random.key_data(jax.random.key(seed)),
       horizon=jnp.zeros((), jnp.float32),
-      u=zeros(),
-      # Compiled, the zeros are never allocated unless the state holds them.
-      inner=jax.jit(lambda: inner.init(zeros()))(),
+      u=u,
+      inner=inner.init(u),
       fallback=other.init(others),
     )
 
@@ -281,32 +309,20 @@ def eco(
     if callable(rate):
       rate = rate(state.count)
     rate = jnp.asarray(rate, jnp.float32)
-    beta = jnp.asarray(momentum, jnp.float32)
-    rho = 1 - rate * jnp.asarray(weight_decay, jnp.float32)
     horizon = _horizon(learning_rate, momentum, weight_decay, count)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
 
-    def step(leaf, theta, u, delta, i):
-      u = beta * u + (1 - beta) * rate * delta
-      target = rho * theta - u
-      leaf_key = jax.random.fold_in(key, i) if stochastic else None
-      new = quantization.quantize(target, leaf.format, key=leaf_key)
-      return new, u - (target - new.dequantize()) / horizon
-
-    leaves, treedef = jax.tree.flatten(old, is_leaf=quantization.is_qtensor)
-    stepped = [
-      step(*args, i)
-      for i, args in enumerate(
-        zip(
-          leaves,
-          treedef.flatten_up_to(weights),
-          treedef.flatten_up_to(state.u),
-          treedef.flatten_up_to(direction),
-          strict=True,
-        )
-      )
-    ]
-    quantized = treedef.unflatten([new for new, _ in stepped])
+    quantized, u = _step(
+      old,
+      weights,
+      state.u,
+      direction,
+      momentum=jnp.asarray(momentum, jnp.float32),
+      rate=rate,
+      rho=1 - rate * jnp.asarray(weight_decay, jnp.float32),
+      horizon=horizon,
+      key=key if stochastic else None,
+    )
     updates = jax.tree.map(
       lambda role, new, update: new if role == "matrix" else update,
       roles,
@@ -317,7 +333,7 @@ def eco(
       count=count,
       key=state.key,
       horizon=horizon if stochastic else jnp.zeros_like(state.horizon),
-      u=treedef.unflatten([u for _, u in stepped]),
+      u=u,
       inner=inner_state,
       fallback=fallback_state,
     )

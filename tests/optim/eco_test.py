@@ -268,7 +268,6 @@ class RandomnessTest(parameterized.TestCase):
     for sharding in (jax.devices()[0], place):
       p = jax.device_put(params, sharding)
       state = tx.init(p)
-      state = state._replace(u=jax.device_put(state.u, sharding))
       step = stepper(tx)
       for t in range(3):
         g = jax.device_put(sample((2, 64, 16), seed=t), sharding)
@@ -277,6 +276,7 @@ class RandomnessTest(parameterized.TestCase):
     self.assertTrue(same_bits(*outcomes))
     self.assertEqual(outcomes[1][0]["w"].codes.sharding.spec, spec)
     self.assertEqual(outcomes[1][1].u["w"].sharding.spec, spec)
+    self.assertEqual(tx.init(p).u["w"].sharding.spec, spec)
 
 
 class NearestTest(parameterized.TestCase):
