@@ -192,7 +192,7 @@ class Trainer:
 
   def peak_bytes(self) -> int:
     """The most bytes held on one device: measured, or the compiler's plan."""
-    stats = self.mesh.devices.flat[0].memory_stats() or {}
+    stats = self.mesh.local_devices[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
       return stats["peak_bytes_in_use"]
     plan = self.compiled.memory_analysis()
