@@ -181,7 +181,30 @@ def _tiny() -> Config:
   )
 
 
-CONFIGS = {"smoke": _smoke, "tiny": _tiny}
+def _compare() -> Config:
+  """What `experiments.compare_optimizers` runs: a minute on one CPU core."""
+  return Config(
+    name="compare",
+    model=Model(
+      fields=dict(
+        d_model=128, num_layers=3, num_heads=4, d_ff=352, scan_layers=False
+      )
+    ),
+    training=Training(
+      steps=300,
+      batch_size=16,
+      seq_len=128,
+      warmup_steps=30,
+      checkpoint_every=100,
+      eval_every=100,
+      eval_batches=32,
+      log_every=10,
+    ),
+    data=Data(tokenizer="bpe:1024"),
+  )
+
+
+CONFIGS = {"compare": _compare, "smoke": _smoke, "tiny": _tiny}
 
 
 def resolve(name: str, overrides: Sequence[str] = ()) -> Config:
