@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import jax
 from absl import flags, logging
 
-from experiments import configs, errors, loop
+from experiments import configs, errors, host_memory, loop
 
 _CONFIG = flags.DEFINE_string(
   "config", "tiny", f"One of {', '.join(sorted(configs.CONFIGS))}."
@@ -36,6 +36,7 @@ _PROCESS = flags.DEFINE_integer("process_id", 0, "Which of them this is.")
 def main(argv: Sequence[str]) -> None:
   """Runs or resumes one config."""
   del argv
+  host_memory.keep_freed()
   logging.set_verbosity(logging.ERROR)
   # A damaged checkpoint is reported by us; asyncio would add its own pages.
   std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
