@@ -22,8 +22,8 @@ class Model:
 
   Attributes:
     preset: of `models.transformer.llama`; "" starts from `Config()`.
-    fields: any fields of `models.transformer.Config`. Where neither gives
-      `vocab_size`, the tokenizer's is taken.
+    fields: any fields of `models.transformer.Config`. Where they do not give
+      `vocab_size`, it is the tokenizer's, whatever the preset says.
   """
 
   preset: str = ""
@@ -237,8 +237,12 @@ def _override(config: Config, item: str) -> Config:
   if not equals:
     raise errors.UserError(f"got {item!r}, expected path.to.field=value")
   group, _, field = path.partition(".")
-  if group == "model" and field not in ("", "preset"):
-    kinds = transformer.Config.__annotations__
+  kinds = transformer.Config.__annotations__
+  if path == "model":
+    raise errors.UserError(
+      f"'model' is a group of fields, set one of: preset, {', '.join(kinds)}"
+    )
+  if group == "model" and field != "preset":
     if field not in kinds:
       raise errors.UserError(
         f"unknown field {path!r}; "
@@ -252,11 +256,8 @@ def _override(config: Config, item: str) -> Config:
       config, model=dataclasses.replace(config.model, fields=fields)
     )
   if path == "model.preset" and value:
-    fields = dict(config.model.fields)
-    for shape in transformer.llama(value).__dict__:
-      fields.pop(shape, None)
-    model = Model(preset=value, fields=fields)
-    return dataclasses.replace(config, model=model)
+    # The preset replaces the config's own shape; all else starts afresh too.
+    return dataclasses.replace(config, model=Model(preset=value))
   own = {f.name for f in dataclasses.fields(Optimizer)} - {"arguments"}
   if group == "optimizer" and field and field not in own:
     name = config.optimizer.name

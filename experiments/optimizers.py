@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -120,9 +121,9 @@ def parse_argument(
     return value
   default = parameters[argument].default
   kind = type(default) if type(default) in (int, float, bool, str) else Any
-  if kind is not str:
-    return config_lib.check(value, kind, where)
-  return config_lib.literal(value)
+  if kind is str:  # most take None as well
+    return None if config_lib.literal(value) is None else value
+  return config_lib.check(value, kind, where)
 
 
 def with_defaults(optimizer: Any) -> Any:
@@ -190,7 +191,7 @@ def build(
   if "seed" in parameters:
     kwargs["seed"] = seed
   if "mask" in parameters:
-    kwargs["mask"] = lambda params: _decayed(params)
+    kwargs["mask"] = _decayed
   try:
     tx = FACTORIES[name](rate, weight_decay=optimizer.weight_decay, **kwargs)
   except (TypeError, ValueError) as e:
@@ -201,8 +202,6 @@ def build(
 
 
 def _decayed(params: Any) -> Any:
-  import jax
-
   return jax.tree.map(
     lambda label: label != "vector", labels.resolve(None, params)
   )

@@ -75,6 +75,7 @@ class Trainer:
       raise errors.UserError(f"mesh: {e}") from e
     self.num_params = specs.count(tree)
     self.shardings = self._state_shardings()
+    self._try_optimizer()
 
   def _init(self) -> TrainState:
     key = jax.random.key(self.config.training.seed)
@@ -92,6 +93,17 @@ class Trainer:
       sharding.expand(params, self._weights),
       sharding.state_shardings(self.tx, params, self._weights),
     )
+
+  def _try_optimizer(self) -> None:
+    """Has the optimizer refuse its arguments before anything is computed."""
+    state = self.target
+    grads = jax.eval_shape(quantization.dequantize_tree, state.params)
+    try:
+      jax.eval_shape(self.tx.update, grads, state.opt_state, state.params)
+    except (TypeError, ValueError) as e:
+      line = str(e).splitlines()[0]
+      name = self.config.optimizer.name
+      raise errors.UserError(f"optimizer.name={name}: {line}") from e
 
   @functools.cached_property
   def target(self) -> TrainState:

@@ -22,6 +22,7 @@ REFUSED = {
   "optimizer.schedule=cosin": ["cosin", "did you mean 'cosine'"],
   "quantization.format=int5:x": ["int5:x"],
   "model.preset=61M": ["61M", "60M"],
+  "model=3": ["group of fields", "preset", "d_model"],
   "model.d_modle=3": ["model.d_modle", "did you mean 'd_model'"],
   "model.d_model=33": ["d_model", "33"],
   "model.remat=some": ["some", "full"],
@@ -62,6 +63,10 @@ def corpus(tmp_path):
     ("data.tokenizer=bpe:many", ["bpe:many"]),
     ("data.tokenizer=bites", ["bites", "bytes"]),
     ("training.seq_len=10000000", ["10000001"]),
+    (
+      "optimizer.name=muon optimizer.coefficients=kellar",
+      ["optimizer.name=muon", "'kellar'", "'keller'"],
+    ),
   ],
 )
 def test_runs(tmp_path, corpus, override, words):
