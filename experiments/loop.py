@@ -11,8 +11,6 @@ import dataclasses
 import json
 import math
 import pathlib
-import signal
-import time
 from typing import Any
 
 import jax
@@ -21,42 +19,10 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from experiments import configs, data, errors, reports, trainer
+from experiments import configs, data, errors, reports, signals, trainer
 from jaxlib_ext import checkpoint, records, sharding
 from jaxlib_ext import config as config_lib
 from models import sampling
-
-
-class Interrupt:
-  """Turns the first SIGINT or SIGTERM into a flag; the second one kills."""
-
-  def __init__(self):
-    self._name = None
-    self._previous = {}
-
-  def __enter__(self) -> Interrupt:
-    for number in (signal.SIGINT, signal.SIGTERM):
-      self._previous[number] = signal.signal(number, self._note)
-    return self
-
-  def __exit__(self, *exc) -> None:
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
-
-  def _note(self, number, frame):
-    self._name = signal.Signals(number).name
-    signal.signal(number, signal.SIG_DFL)
-
-  def seen(self) -> str | None:
-    """The signal's name once any process of the run has got one."""
-    if jax.process_count() == 1:
-      return self._name
-    flags = multihost_utils.process_allgather(
-      np.asarray(self._name is not None)
-    )
-    return (
-      (self._name or "a signal to another process") if flags.any() else None
-    )
 
 
 class Run:
@@ -208,11 +174,11 @@ class Run:
     )
     self._banner(first)
     with (
-      Interrupt() as interrupt,
+      signals.Interrupt() as interrupt,
       data.Prefetcher(
         lambda step: stream.batch(step, self.trainer.rows), first
       ) as batches,
-      Meter(self, first) as meter,
+      reports.Meter(self, first) as meter,
     ):
       signalled = None
       while step < training.steps and not signalled:
@@ -276,7 +242,8 @@ class Run:
       f"optimizer  {optimizer.name}, learning rate {optimizer.learning_rate:g}"
       f", weight decay {optimizer.weight_decay:g}: parameters "
       f"{reports.bytes_text(size['params'])} + state "
-      f"{reports.bytes_text(size['state'])} per device\n"
+      f"{reports.bytes_text(size['state'])} per device, a step holds "
+      f"{reports.bytes_text(run.planned_bytes())}\n"
       f"training   {training.steps} steps of {training.batch_size} x "
       f"{training.seq_len} tokens on {run.mesh.size} "
       f"{run.mesh.devices.flat[0].device_kind} device(s), "
@@ -360,83 +327,6 @@ class Run:
     )
     text = self.corpus.tokenizer.decode
     return f"{text(prompt)}⟶{text(np.asarray(tokens)[0, -length:])}"
-
-
-class Meter:
-  """Turns a step's metrics into a record, a progress bar and events.
-
-  Args:
-    run: the `Run` it measures.
-    first: steps completed before.
-  """
-
-  def __init__(self, run: Run, first: int):
-    self._run = run
-    self._flops = run.trainer.flops_per_token()
-    rate = reports.matmul_rate(jnp.dtype(run.trainer.cfg.compute_dtype))
-    mesh = run.trainer.mesh
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    # Simulated CPU devices share one processor.
-    self._peak = rate * (jax.process_count() if on_cpu else mesh.size)
-    past = records.read(run.metrics_path)
-    self._seconds = past[-1]["seconds"] if past else 0.0
-    self._bar = reports.progress(run.config.training.steps, first, run.main)
-    self._board = None
-    if run.main:
-      self._board = reports.TensorBoard(run.workdir / "tensorboard", first)
-    self.restart(first)
-
-  def __enter__(self) -> Meter:
-    return self
-
-  def __exit__(self, *exc) -> None:
-    self._bar.close()
-    if self._board:
-      self._board.close()
-
-  def restart(self, step: int) -> None:
-    """Begins a new interval: evaluations and checkpoints are not training."""
-    self._step, self._start = step, time.perf_counter()
-
-  def measure(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, Any]:
-    """Waits for the step and measures the interval that it ends.
-
-    Raises:
-      UserError: the loss is not finite.
-    """
-    config = self._run.config
-    values = {name: float(value) for name, value in metrics.items()}
-    elapsed = time.perf_counter() - self._start
-    self._seconds += elapsed
-    if not math.isfinite(values["loss"]):
-      raise errors.UserError(
-        f"the loss is {values['loss']} at step {step}; the last checkpoint is "
-        "kept; try a lower optimizer.learning_rate or optimizer.clip_norm=1"
-      )
-    per_step = config.training.batch_size * config.training.seq_len
-    rate = (step - self._step) * per_step / elapsed
-    share = rate * self._flops / self._peak
-    self._bar.set_postfix_str(
-      f"loss {values['loss']:.3f}, {rate:,.0f} tok/s, {share:.0%} of matmul "
-      "rate",
-      refresh=False,
-    )
-    self._bar.update(step - self._bar.n)
-    return {
-      "tokens": step * per_step,
-      **values,
-      "tokens_per_second": rate,
-      "matmul_share": share,
-      "peak_bytes": self._run.trainer.peak_bytes(),
-      "seconds": self._seconds,
-    }
-
-  def write(self, step: int, record: dict[str, Any]) -> None:
-    """Appends one line to metrics.jsonl and to TensorBoard's events."""
-    record = {"step": step, **record, "corpus": self._run.corpus.hash}
-    if self._run.main:
-      records.append(self._run.metrics_path, record)
-      self._board.write(record)
 
 
 def _due(step: int, every: int) -> bool:

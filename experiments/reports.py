@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 import sys
@@ -11,6 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import tqdm
+
+from experiments import errors
+from jaxlib_ext import records
 
 
 def matmul_rate(dtype: Any) -> float:
@@ -111,3 +115,80 @@ class TensorBoard:
 
   def close(self) -> None:
     self._writer.close()
+
+
+class Meter:
+  """Turns a step's metrics into a record, a progress bar and events.
+
+  Args:
+    run: the `experiments.loop.Run` that it measures.
+    first: steps completed before.
+  """
+
+  def __init__(self, run: Any, first: int):
+    self._run = run
+    self._flops = run.trainer.flops_per_token()
+    rate = matmul_rate(jnp.dtype(run.trainer.cfg.compute_dtype))
+    mesh = run.trainer.mesh
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    # Simulated CPU devices share one processor.
+    self._peak = rate * (jax.process_count() if on_cpu else mesh.size)
+    past = records.read(run.metrics_path)
+    self._seconds = past[-1]["seconds"] if past else 0.0
+    self._bar = progress(run.config.training.steps, first, run.main)
+    self._board = None
+    if run.main:
+      self._board = TensorBoard(run.workdir / "tensorboard", first)
+    self.restart(first)
+
+  def __enter__(self) -> Meter:
+    return self
+
+  def __exit__(self, *exc) -> None:
+    self._bar.close()
+    if self._board:
+      self._board.close()
+
+  def restart(self, step: int) -> None:
+    """Begins a new interval: evaluations and checkpoints are not training."""
+    self._step, self._start = step, time.perf_counter()
+
+  def measure(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, Any]:
+    """Waits for the step and measures the interval that it ends.
+
+    Raises:
+      UserError: the loss is not finite.
+    """
+    config = self._run.config
+    values = {name: float(value) for name, value in metrics.items()}
+    elapsed = time.perf_counter() - self._start
+    self._seconds += elapsed
+    if not math.isfinite(values["loss"]):
+      raise errors.UserError(
+        f"the loss is {values['loss']} at step {step}; the last checkpoint is "
+        "kept; try a lower optimizer.learning_rate or optimizer.clip_norm=1"
+      )
+    per_step = config.training.batch_size * config.training.seq_len
+    rate = (step - self._step) * per_step / elapsed
+    share = rate * self._flops / self._peak
+    self._bar.set_postfix_str(
+      f"loss {values['loss']:.3f}, {rate:,.0f} tok/s, {share:.0%} of matmul "
+      "rate",
+      refresh=False,
+    )
+    self._bar.update(step - self._bar.n)
+    return {
+      "tokens": step * per_step,
+      **values,
+      "tokens_per_second": rate,
+      "matmul_share": share,
+      "peak_bytes": self._run.trainer.peak_bytes(),
+      "seconds": self._seconds,
+    }
+
+  def write(self, step: int, record: dict[str, Any]) -> None:
+    """Appends one line to metrics.jsonl and to TensorBoard's events."""
+    record = {"step": step, **record, "corpus": self._run.corpus.hash}
+    if self._run.main:
+      records.append(self._run.metrics_path, record)
+      self._board.write(record)

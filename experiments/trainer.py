@@ -202,11 +202,8 @@ class Trainer:
     """Bytes of parameters and optimizer state on each device."""
     return optim.state_bytes(self.tx, self.target.params)
 
-  def peak_bytes(self) -> int:
-    """The most bytes held on one device: measured, or the compiler's plan."""
-    stats = self.mesh.local_devices[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-      return stats["peak_bytes_in_use"]
+  def planned_bytes(self) -> int:
+    """What the compiled step will hold on each device."""
     plan = self.compiled.memory_analysis()
     return (
       plan.argument_size_in_bytes
@@ -214,6 +211,11 @@ class Trainer:
       + plan.temp_size_in_bytes
       - plan.alias_size_in_bytes
     )
+
+  def peak_bytes(self) -> int:
+    """The most bytes held on one device so far; on CPUs, the plan."""
+    stats = self.mesh.local_devices[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use") or self.planned_bytes()
 
   def flops_per_token(self) -> float:
     """Matmul FLOPs of one training token: 6 per weight, 12 L T H K attention.
