@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import os
-import pathlib
 import time
 from typing import Any
 
@@ -22,19 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 
 import optim
+from experiments import errors
 from jaxlib_ext import records, specs
 from models import transformer
-
-_MODEL = flags.DEFINE_string("model", "60M", "Preset of transformer.llama.")
-_REPEATS = flags.DEFINE_integer("repeats", 9, "Steps timed per contender.")
-_RECORD = flags.DEFINE_string(
-  "record",
-  str(pathlib.Path(__file__).parent / "records" / "bench_muon.jsonl"),
-  "File to append the record to.",
-)
 
 
 def unstack(tree: Any, num_layers: int) -> Any:
@@ -192,11 +184,14 @@ def compare(cfg: transformer.Config, repeats: int) -> dict[str, Any]:
   }
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  cfg = transformer.llama(_MODEL.value)
-  result = compare(cfg, _REPEATS.value)
+def main() -> None:
+  """Checks the values, takes the times, appends the record."""
+  values = flags.FLAGS
+  try:
+    cfg = transformer.llama(values.model)
+  except ValueError as e:
+    raise errors.UserError(f"--model: {e}") from e
+  result = compare(cfg, values.repeats)
   for name, ends in result["ranges"].items():
     low, high = ends["0.001"]
     print(f"{name:42s} singular values {low:.3f} to {high:.3f}")
@@ -208,10 +203,22 @@ def main(argv: list[str]) -> None:
       f"{result['temp_bytes'][name] / 1e6:7.0f} MB temporaries"
     )
   records.append(
-    _RECORD.value,
-    {"model": _MODEL.value, **result, **records.provenance()},
+    values.record,
+    {"model": values.model, **result, **records.provenance()},
+  )
+
+
+def _define_flags() -> None:
+  flags.DEFINE_string("model", "60M", "Preset of `transformer.llama`.")
+  flags.DEFINE_integer(
+    "repeats", 9, "Steps timed per contender.", lower_bound=1
+  )
+  flags.DEFINE_string(
+    "record",
+    "experiments/records/bench_muon.jsonl",
+    "The JSON Lines file that gets the record.",
   )
 
 
 if __name__ == "__main__":
-  app.run(main)
+  errors.run_main("bench_muon", main, _define_flags)

@@ -20,9 +20,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from experiments import bench_train_torch, bench_train_worker
+from experiments import bench_train_torch, bench_train_worker, errors
 from jaxlib_ext import records
 
 POINTS = {
@@ -316,14 +316,12 @@ def report(record: Mapping[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
   """Measures the rows asked for."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument {argv[1]!r}")
   values = flags.FLAGS
   unknown = sorted(set(values.points) - set(POINTS))
   if unknown:
-    raise app.UsageError(f"--points: got {unknown}, allowed: {list(POINTS)}")
+    raise errors.UserError(f"--points: got {unknown}, allowed: {list(POINTS)}")
   for name in values.points:
     record = measure(
       POINTS[name],
@@ -339,7 +337,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _define_flags() -> None:
-  """Flags are the process's: a test may import several mains."""
   flags.DEFINE_list("points", list(POINTS), "Which rows to measure.")
   flags.DEFINE_integer(
     "rounds", 7, "Turns of each side; a ratio is taken in each.", lower_bound=1
@@ -357,5 +354,4 @@ def _define_flags() -> None:
 
 
 if __name__ == "__main__":
-  _define_flags()
-  app.run(main)
+  errors.run_main("bench_train", main, _define_flags)

@@ -30,26 +30,12 @@ from absl import flags
 from experiments import configs, errors, optimizers
 from jaxlib_ext import records
 
-_CONFIG = flags.DEFINE_string("config", "compare", "Of experiments.configs.")
-_SET = flags.DEFINE_multi_string("set", [], "Overrides shared by all runs.")
-_ENTRANTS = flags.DEFINE_multi_string(
-  "optimizer",
-  [
-    "adamw",
-    "muon",
-    "column_normalized_sgd",
-    "eco,quantization.format=int4:32",
-    "eco,quantization.format=float8_e4m3fn",
-  ],
-  "A name, and overrides of its own behind commas.",
-)
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs at the best learning rate.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs live.")
-_RECORD = flags.DEFINE_string(
-  "record", None, "JSON Lines file, rewritten; default DIR/record.jsonl."
-)
-_JOBS = flags.DEFINE_integer(
-  "jobs", 1, "Runs at once; each gets its share of the processors."
+ENTRANTS = (
+  "adamw",
+  "muon",
+  "column_normalized_sgd",
+  "eco,quantization.format=int4:32",
+  "eco,quantization.format=float8_e4m3fn",
 )
 
 
@@ -197,21 +183,19 @@ def table(results: Sequence[dict[str, Any]], best: dict[str, float]) -> str:
   return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
   """Searches, repeats, records, prints."""
-  del argv
-  if not _WORKDIR.value:
+  values = flags.FLAGS
+  shared = values["set"].value
+  if not values.workdir:
     raise errors.UserError("--workdir: expected a directory for the runs")
-  for name in ("seeds", "jobs"):
-    if flags.FLAGS[name].value < 1:
-      raise errors.UserError(f"--{name}: expected at least 1")
-  workdir = pathlib.Path(_WORKDIR.value)
-  entrants = [Entrant.parse(text) for text in _ENTRANTS.value]
+  workdir = pathlib.Path(values.workdir)
+  entrants = [Entrant.parse(text) for text in values.optimizer]
   for e in entrants:
     name = f"optimizer.name={e.name}"
-    configs.resolve(_CONFIG.value, [*_SET.value, name, *e.overrides])
+    configs.resolve(values.config, [*shared, name, *e.overrides])
   workdir.mkdir(parents=True, exist_ok=True)
-  runner = Runner(_CONFIG.value, _SET.value, workdir, _JOBS.value)
+  runner = Runner(values.config, shared, workdir, values.jobs)
   best = {}
   try:
     with concurrent.futures.ThreadPoolExecutor(len(entrants)) as searches:
@@ -225,7 +209,7 @@ def main(argv: Sequence[str]) -> None:
     repeats = [
       runner.submit(e, best[e.label], seed)
       for e in entrants
-      for seed in range(1, _SEEDS.value)
+      for seed in range(1, values.seeds)
     ]
     for future in repeats:
       future.result()
@@ -236,11 +220,34 @@ def main(argv: Sequence[str]) -> None:
     key=lambda r: (r["optimizer"], r["learning_rate"], r["seed"]),
   )
   lines = [json.dumps(r) for r in order]
-  record = pathlib.Path(_RECORD.value or workdir / "record.jsonl")
+  record = pathlib.Path(values.record or workdir / "record.jsonl")
   record.parent.mkdir(parents=True, exist_ok=True)
   records.write_atomically(record, "\n".join(lines) + "\n")
   print(table(order, best))
 
 
+def _define_flags() -> None:
+  flags.DEFINE_string("config", "compare", "Of `experiments.configs`.")
+  flags.DEFINE_multi_string("set", [], "Overrides shared by all runs.")
+  flags.DEFINE_multi_string(
+    "optimizer",
+    list(ENTRANTS),
+    "A name, and overrides of its own behind commas.",
+  )
+  flags.DEFINE_integer(
+    "seeds", 3, "Runs at the best learning rate.", lower_bound=1
+  )
+  flags.DEFINE_string("workdir", None, "Where the runs live.")
+  flags.DEFINE_string(
+    "record", None, "JSON Lines file, rewritten; default DIR/record.jsonl."
+  )
+  flags.DEFINE_integer(
+    "jobs",
+    1,
+    "Runs at once; each gets its share of the processors.",
+    lower_bound=1,
+  )
+
+
 if __name__ == "__main__":
-  errors.run_main("compare_optimizers", main)
+  errors.run_main("compare_optimizers", main, _define_flags)

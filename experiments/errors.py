@@ -14,13 +14,18 @@ class UserError(ValueError):
   """A mistake of the user's: printed as one line, exit code 2."""
 
 
-def run_main(name: str, main: Callable[[Sequence[str]], None]) -> None:
+def run_main(
+  name: str, main: Callable[[], None], define_flags: Callable[[], None]
+) -> None:
   """Runs an absl main; bad flags, bad input and a full disk end in one line.
 
   Args:
     name: of the program, put before the line.
-    main: takes what is left of the command line behind the flags.
+    main: the program.
+    define_flags: defines its flags. Flags are the process's, and a test may
+      import several mains.
   """
+  define_flags()
 
   def fail(error: Exception) -> None:
     print(f"{name}: {error}", file=sys.stderr)
@@ -36,7 +41,7 @@ def run_main(name: str, main: Callable[[Sequence[str]], None]) -> None:
     try:
       if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}")
-      main(argv)
+      main()
     except (UserError, checkpoint.CheckpointError, OSError) as e:
       fail(e)
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 
-from experiments import configs, reports, trainer
+from experiments import configs, errors, reports, trainer
 from jaxlib_ext import config as config_lib
 from jaxlib_ext import records, sharding
 from models import transformer
@@ -77,7 +77,7 @@ def measure(config: configs.Config, cfg: transformer.Config) -> dict[str, Any]:
     "arguments": arguments,
     "results": results,
     "temporaries": plan.temp_size_in_bytes,
-    "peak": run.peak_bytes(),
+    "peak": run.planned_bytes(),
   }
 
 
@@ -90,18 +90,18 @@ def line(name: str, size: Mapping[str, float]) -> str:
 COLUMNS = ("params", "state", "total", "arguments", "temporaries", "peak")
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
   """Prints the table and appends its records."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument {argv[1]!r}")
   values = flags.FLAGS
   unknown = sorted(set(values.optimizers) - set(ROWS))
   if unknown:
-    raise app.UsageError(f"--optimizers: got {unknown}, allowed: {list(ROWS)}")
+    raise errors.UserError(
+      f"--optimizers: got {unknown}, allowed: {list(ROWS)}"
+    )
   try:
     cfg = transformer.llama(values.preset)
   except ValueError as e:
-    raise app.UsageError(f"--preset: {e}") from e
+    raise errors.UserError(f"--preset: {e}") from e
   print(
     f"{values.preset}, batch {values.batch_size} x {values.seq_len}, one device"
   )
@@ -133,7 +133,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _define_flags() -> None:
-  """Flags are the process's: a test may import several mains."""
   flags.DEFINE_string("preset", "130M", "Of `transformer.llama`.")
   flags.DEFINE_integer("batch_size", 8, "Sequences per step.", lower_bound=1)
   flags.DEFINE_integer("seq_len", 256, "Tokens per sequence.", lower_bound=1)
@@ -146,5 +145,4 @@ def _define_flags() -> None:
 
 
 if __name__ == "__main__":
-  _define_flags()
-  app.run(main)
+  errors.run_main("memory_table", main, _define_flags)
