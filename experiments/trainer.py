@@ -62,6 +62,13 @@ class Trainer:
     rules = sharding.Rules()
     batch_spec = rules.spec(("batch", None), mesh)
     self.batch_sharding = NamedSharding(mesh, batch_spec)
+    self._loss = functools.partial(
+      transformer.loss,
+      cfg=cfg,
+      residual_sharding=NamedSharding(
+        mesh, rules.spec(("batch", "length", None), mesh)
+      ),
+    )
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if training.batch_size % parts:
       raise errors.UserError(
@@ -120,8 +127,7 @@ class Trainer:
 
   def _step(self, state: TrainState, tokens: jax.Array):
     weights = quantization.dequantize_tree(state.params, jnp.float32)
-    loss = functools.partial(transformer.loss, cfg=self.cfg)
-    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
+    (_, metrics), grads = jax.value_and_grad(self._loss, has_aux=True)(
       weights, tokens[:, :-1], tokens[:, 1:]
     )
     updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
@@ -152,10 +158,10 @@ class Trainer:
   @functools.cached_property
   def _evaluate(self):
     def evaluate(params, tokens, weights):
-      nll, _ = transformer.loss(
-        params, tokens[:, :-1], tokens[:, 1:], cfg=self.cfg, weights=weights
+      _, metrics = self._loss(
+        params, tokens[:, :-1], tokens[:, 1:], weights=weights
       )
-      return nll * jnp.sum(weights)
+      return metrics["nll"] * jnp.sum(weights)
 
     return jax.jit(
       evaluate, out_shardings=NamedSharding(self.mesh, PartitionSpec())

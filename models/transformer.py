@@ -87,6 +87,7 @@ def apply(
   cfg: Config,
   segment_ids: jax.Array | None = None,
   return_hidden: bool = False,
+  residual_sharding: jax.sharding.Sharding | None = None,
 ) -> Output:
   """Logits of the next token at every position.
 
@@ -97,11 +98,16 @@ def apply(
     cfg: the model.
     segment_ids: int `[B, T]`; a position attends only to its own segment.
     return_hidden: also return the residual stream.
+    residual_sharding: how to divide the residual stream `[B, T, D]` where
+      the parameters are divided; without it the compiler may divide D and do
+      the work of a smaller batch several times.
 
   Returns:
     An `Output`.
   """
-  x, hidden = _trunk(params, tokens, cfg, segment_ids, return_hidden)
+  x, hidden = _trunk(
+    params, tokens, cfg, segment_ids, return_hidden, residual_sharding
+  )
   with jax.named_scope("head"):
     logits = block.logits(x, params, cfg)
   return Output(logits, hidden)
@@ -115,6 +121,7 @@ def loss(
   cfg: Config,
   segment_ids: jax.Array | None = None,
   weights: jax.Array | None = None,
+  residual_sharding: jax.sharding.Sharding | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Mean cross-entropy per token in nats, plus the z-loss.
 
@@ -126,12 +133,13 @@ def loss(
     segment_ids: as for `apply`.
     weights: float `[B, T]`, the weight of each target in the mean; None is
       one each.
+    residual_sharding: as for `apply`.
 
   Returns:
     The float32 loss to differentiate, and metrics: "nll" (the loss without
     z-loss), "z_loss" (already weighted by `cfg.z_loss`).
   """
-  x, _ = _trunk(params, tokens, cfg, segment_ids, False)
+  x, _ = _trunk(params, tokens, cfg, segment_ids, False, residual_sharding)
   with jax.named_scope("loss"):
     return losses.linear_cross_entropy(
       x,
@@ -142,15 +150,19 @@ def loss(
     )
 
 
-def _trunk(params, tokens, cfg, segment_ids, return_hidden):
+def _trunk(params, tokens, cfg, segment_ids, return_hidden, residual_sharding):
   """The normed last state [B, T, D] and, on request, the residual stream."""
+  if residual_sharding is None:
+    divide = lambda x: x
+  else:
+    divide = lambda x: jax.lax.with_sharding_constraint(x, residual_sharding)
   with jax.named_scope("embed"):
-    x = block.embed(params, tokens, cfg)
+    x = divide(block.embed(params, tokens, cfg))
   length = tokens.shape[1]
   cos, sin = layers.rope_table(jnp.arange(length), cfg.key_size, cfg.rope_theta)
 
   def body(x, layer):
-    x = _layer(x, layer, cfg, cos, sin, segment_ids)
+    x = _layer(x, layer, cfg, cos, sin, segment_ids, divide)
     return x, (x if return_hidden else None)
 
   body = _remat(body, cfg)
@@ -186,12 +198,12 @@ def _remat(body, cfg):
   return jax.checkpoint(body, policy=policy, prevent_cse=not cfg.scan_layers)
 
 
-def _layer(x, p, cfg, cos, sin, segment_ids):
+def _layer(x, p, cfg, cos, sin, segment_ids, divide):
   """One block: [B, T, D] to [B, T, D]."""
   with jax.named_scope("attention"):
     q, k, v = block.project(x, p, cfg, cos, sin)
     y = attention.causal_attention(q, k, v, segment_ids=segment_ids)
-    x = x + block.merge_heads(y, p)
+    x = divide(x + block.merge_heads(y, p))
   with jax.named_scope("mlp"):
-    x = x + block.feed_forward(x, p, cfg)
+    x = divide(x + block.feed_forward(x, p, cfg))
   return x
