@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxlib_ext import records
+from experiments import configs, trainer
+from jaxlib_ext import records, sharding
 from tests.experiments import runs
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "muon", "scale", "eco")
@@ -81,3 +82,31 @@ def test_two_processes_train_the_same_run(tmp_path, corpus):
   np.testing.assert_allclose(
     losses(workdir), losses(tmp_path / "one"), rtol=1e-5
   )
+
+
+@pytest.mark.slow
+def test_eight_devices_divide_work_and_memory():
+  def build(**mesh):
+    mesh = {"data": 1, "fsdp": 1, "tensor": 1} | mesh
+    config = configs.resolve(
+      "smoke",
+      # cost_analysis counts a scanned layer once, whatever their number.
+      ["model.scan_layers=False", "training.seq_len=64"]
+      + [f"mesh.{name}={size}" for name, size in mesh.items()],
+    )
+    return trainer.Trainer(
+      config, config.model.build(256), sharding.make_mesh(mesh)
+    )
+
+  def flops(run):
+    return run.compiled.cost_analysis()["flops"] * run.mesh.size
+
+  one = build()
+  for mesh in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
+    eight = build(**mesh)
+    parts = mesh["fsdp"] * mesh.get("tensor", 1)
+    assert flops(eight) < 1.1 * flops(one), mesh
+    for kind in ("params", "state"):
+      # Norms and counters are kept whole everywhere.
+      whole, part = one.state_bytes()[kind], eight.state_bytes()[kind]
+      assert part < 1.05 * whole / parts, (mesh, kind)
