@@ -166,7 +166,11 @@ def _tiny() -> Config:
   """
   return Config(
     name="tiny",
-    model=Model(fields=dict(d_model=192, num_layers=4, num_heads=4, d_ff=512)),
+    model=Model(
+      fields=dict(
+        d_model=192, num_layers=4, num_heads=3, d_ff=512, scan_layers=False
+      )
+    ),
     training=Training(
       steps=600,
       batch_size=16,

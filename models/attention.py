@@ -158,8 +158,6 @@ def _causal_bwd(residuals, g):
 
 def _dot_rows(a, b):
   """`a^T b` over the query axis: [B, H, T, S], [B, H, T, K] to [B, H, S, K]."""
-  if a.dtype == jnp.float32:
-    return _dot(a, b, 2, 2)
   return _dot(layers.transpose(a), b, 3, 2)
 
 

@@ -143,10 +143,14 @@ def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   Returns:
     `[B, T, H, K]` in x's dtype; the rotation is computed in float32.
   """
-  cos, sin = cos[..., None, :], sin[..., None, :]
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  rotated = (first * cos - second * sin, second * cos + first * sin)
-  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+  # A roll of the head and two products: XLA:CPU writes the concatenation of
+  # the two rotated halves element by element.
+  cos = jnp.concatenate([cos, cos], axis=-1)[..., None, :]
+  sin = jnp.concatenate([-sin, sin], axis=-1)[..., None, :]
+  y = x.astype(jnp.float32)
+  return (y * cos + jnp.roll(y, y.shape[-1] // 2, axis=-1) * sin).astype(
+    x.dtype
+  )
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
