@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from jaxlib_ext import checkpoint
 
@@ -26,6 +26,7 @@ def run_main(
       import several mains.
   """
   define_flags()
+  logging.set_verbosity(logging.ERROR)
 
   def fail(error: Exception) -> None:
     print(f"{name}: {error}", file=sys.stderr)

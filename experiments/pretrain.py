@@ -7,12 +7,12 @@ tensorboard/, and at the end summary.json and loss.png. See
 
 from __future__ import annotations
 
-import logging as std_logging
+import logging
 import pathlib
 import re
 
 import jax
-from absl import flags, logging
+from absl import flags
 
 from experiments import configs, errors, host_memory, loop
 
@@ -21,9 +21,8 @@ def main() -> None:
   """Runs or resumes one config."""
   values = flags.FLAGS
   host_memory.keep_freed()
-  logging.set_verbosity(logging.ERROR)
   # A damaged checkpoint is reported by us; asyncio would add its own pages.
-  std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   config = configs.resolve(values.config, values["set"].value)
   if values.coordinator_address:
     jax.distributed.initialize(
