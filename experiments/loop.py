@@ -191,7 +191,7 @@ class Run:
         if last or _due(step, training.log_every):
           record |= meter.measure(step, metrics)
         if last or _due(step, training.eval_every):
-          record |= self._evaluation(self.trainer.exported(state))
+          record |= self._evaluation(state.params)
         if record:
           meter.write(step, record)
         if last or signalled or _due(step, training.checkpoint_every):
@@ -254,8 +254,7 @@ class Run:
     """The plot, the sample, the summary and the last words."""
     metrics = records.read(self.metrics_path)
     baselines = self.corpus.baselines()
-    params = self.trainer.exported(state)
-    sample = self._sample(params)
+    sample = self._sample(state.params)
     evals = [m["eval_loss"] for m in metrics if "eval_loss" in m]
     final = evals[-1]
     size = self.trainer.state_bytes()
@@ -279,7 +278,8 @@ class Run:
       **records.provenance(),
     }
     if self.trainer.quantized:
-      summary["stored_eval_loss"] = self._evaluation(state.params)["eval_loss"]
+      flushed = self._evaluation(self.trainer.flushed(state))
+      summary["flushed_eval_loss"] = flushed["eval_loss"]
     if self.main:
       reports.plot_loss(
         self.workdir / "loss.png",

@@ -177,10 +177,8 @@ class Trainer:
       total, count = total + float(nll), count + float(weights.sum())
     return total / count
 
-  def exported(self, state: TrainState) -> Any:
-    """The parameters to evaluate and ship: under `eco`, the flushed ones."""
-    if not self.quantized:
-      return state.params
+  def flushed(self, state: TrainState) -> Any:
+    """Under `eco`, the parameters after `optim.eco_flush`."""
     flush = jax.jit(optim.eco_flush, out_shardings=self.shardings.params)
     return flush(state.params, state.opt_state)
 
