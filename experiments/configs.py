@@ -162,7 +162,8 @@ def _smoke() -> Config:
 def _tiny() -> Config:
   """`make pretrain`: a small language model of Python source code.
 
-  Under 5 minutes on 2 CPU cores; the README shows what it prints.
+  Two to five minutes on 2 CPU cores; about 1.35 bits per byte held out, where
+  `xz -9` needs 1.52.
   """
   return Config(
     name="tiny",
@@ -171,14 +172,15 @@ def _tiny() -> Config:
         d_model=192, num_layers=4, num_heads=3, d_ff=512, scan_layers=False
       )
     ),
+    optimizer=Optimizer(name="muon"),
     training=Training(
-      steps=600,
-      batch_size=16,
+      steps=800,
+      batch_size=8,
       seq_len=256,
-      warmup_steps=60,
+      warmup_steps=80,
       checkpoint_every=100,
       eval_every=100,
-      eval_batches=16,
+      eval_batches=32,
       log_every=10,
     ),
     data=Data(tokenizer="bpe:2048"),
