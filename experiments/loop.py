@@ -294,16 +294,20 @@ class Run:
     return summary
 
   def _last_words(self, summary: dict[str, Any]) -> None:
-    bits = summary["bits_per_byte"]
+    bits, training = summary["bits_per_byte"], self.config.training
+    held_out = len(self.corpus.eval)
+    batch = training.batch_size * training.seq_len
+    read = min(held_out, (training.eval_batches or held_out) * batch)
     lines = [
       f"held-out loss {summary['final_eval_loss']:.4f} nats per token, "
       f"perplexity {summary['perplexity']:.2f}"
       + (f", {bits:.3f} bits per byte" if bits else "")
+      + f" ({read:,} of {held_out:,} held-out tokens, evenly spread)"
     ]
     for name, value in summary["baselines"].items():
       lines.append(
-        f"  the same files by {name}: {value['bits_per_byte']:.3f} bits per "
-        "byte"
+        f"  all held-out files by {name}: {value['bits_per_byte']:.3f} bits "
+        "per byte"
       )
     lines += [
       "a sample:",
