@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
@@ -26,7 +27,7 @@ def run_main(
       import several mains.
   """
   define_flags()
-  logging.set_verbosity(logging.ERROR)
+  _hush_the_writer()
 
   def fail(error: Exception) -> None:
     print(f"{name}: {error}", file=sys.stderr)
@@ -47,3 +48,20 @@ def run_main(
       fail(e)
 
   app.run(checked, flags_parser=parse)
+
+
+def _hush_the_writer() -> None:
+  """Leaves the report of a failed checkpoint to `run_main`.
+
+  Orbax's threads hand their exceptions to the main thread. The tracebacks
+  that they log and print as well, and those of callbacks that come after
+  their event loop was closed, would bury the line.
+  """
+  logging.set_verbosity(logging.FATAL)
+  threading.excepthook = lambda args: logging.debug("thread: %s", args)
+
+  def excepthook(kind, error, traceback):
+    if str(error) != "Event loop is closed":
+      sys.__excepthook__(kind, error, traceback)
+
+  sys.excepthook = excepthook

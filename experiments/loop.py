@@ -11,12 +11,12 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 
 from experiments import configs, data, errors, reports, signals, trainer
@@ -142,7 +142,7 @@ class Run:
         state = found
         break
       damaged.append(step)
-      logging.error("checkpoint of step %d is damaged: %s", step, found)
+      print(f"checkpoint of step {step} is damaged: {found}", file=sys.stderr)
     if damaged and state is None:
       raise errors.UserError(
         f"none of the checkpoints in {self.workdir / 'checkpoints'} can be "

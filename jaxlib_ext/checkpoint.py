@@ -53,6 +53,7 @@ def _checksum(x: jax.Array) -> jax.Array:
   return jnp.sum(x * weight, dtype=jnp.uint32)
 
 
+_DISK_FULL = "No space left on device"
 _UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
@@ -178,4 +179,6 @@ def _first_line(error: Exception) -> str:
   while error.__cause__ is not None:
     error = error.__cause__
   text = str(error).strip() or type(error).__name__
+  if _DISK_FULL in text:
+    return _DISK_FULL
   return text.splitlines()[0][:300]
