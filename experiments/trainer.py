@@ -122,7 +122,7 @@ class Trainer:
     )
 
   def init(self) -> TrainState:
-    """The state before the first step; the same numbers on every mesh."""
+    """The state before the first step; on any mesh the same to rounding."""
     return jax.jit(self._init, out_shardings=self.shardings)()
 
   def _step(self, state: TrainState, tokens: jax.Array):

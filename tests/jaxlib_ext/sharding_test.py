@@ -117,7 +117,10 @@ def test_init_is_the_same_on_every_mesh(mesh):
   draw = lambda key: specs.init(key, SPECS)
   sharded = jax.jit(draw, out_shardings=sharding.shardings(SPECS, mesh))
   a, b = sharded(jax.random.key(1)), jax.jit(draw)(jax.random.key(1))
-  jax.tree.map(np.testing.assert_array_equal, a, b)
+  # The random bits are the same; the inverse error function behind a normal
+  # draw is compiled for each shard's shape, and may round the last bit or two
+  # another way.
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-22), a, b)
   assert specs.count(SPECS) == 32 * 8 + 3 * 8 + 3 * 8 * 16
 
 
