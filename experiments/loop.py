@@ -103,6 +103,9 @@ class Run:
       cache_dir=self.workdir,
     )
     if self.main:
+      if not self.stored:
+        # Left by a run that was refused later on, perhaps of another size.
+        (self.workdir / "tokenizer.json").unlink(missing_ok=True)
       corpus = load()
     multihost_utils.sync_global_devices("tokenizer")
     if not self.main:

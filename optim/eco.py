@@ -208,6 +208,33 @@ def _step(
   return treedef.unflatten(new), treedef.unflatten(carried)
 
 
+def _initial(
+  params: Any,
+  roles: Any,
+  inner: optax.GradientTransformation,
+  other: optax.GradientTransformation,
+  seed: int,
+) -> EcoState:
+  # Zeros like the codes are divided among devices as they are.
+  u = jax.tree.map(
+    lambda x: jnp.zeros_like(getattr(x, "codes", x), dtype=jnp.float32),
+    _only(params, roles, True),
+    is_leaf=quantization.is_qtensor,
+  )
+  others = jax.tree.map(
+    lambda x: jnp.zeros_like(x) if _is_abstract(x) else x,
+    _only(params, roles, False),
+  )
+  return EcoState(
+    count=jnp.zeros((), jnp.int32),
+    key=jax.random.key_data(jax.random.key(seed)),
+    horizon=jnp.zeros((), jnp.float32),
+    u=u,
+    inner=inner.init(u),
+    fallback=other.init(others),
+  )
+
+
 def eco(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -264,25 +291,8 @@ def eco(
 
   def init(params):
     roles = _roles(labels, params, strict=False)
-    # Zeros like the codes are divided among devices as they are.
-    u = jax.tree.map(
-      lambda x: jnp.zeros_like(getattr(x, "codes", x), dtype=jnp.float32),
-      _only(params, roles, True),
-      is_leaf=quantization.is_qtensor,
-    )
-    others = jax.tree.map(
-      lambda x: jnp.zeros_like(x) if _is_abstract(x) else x,
-      _only(params, roles, False),
-    )
     other = _fallback(fallback, learning_rate, weight_decay, roles)
-    return EcoState(
-      count=jnp.zeros((), jnp.int32),
-      key=jax.random.key_data(jax.random.key(seed)),
-      horizon=jnp.zeros((), jnp.float32),
-      u=u,
-      inner=inner.init(u),
-      fallback=other.init(others),
-    )
+    return _initial(params, roles, inner, other, seed)
 
   def update(grads, state, params=None, **extra_args):
     if params is None:

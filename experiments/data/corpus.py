@@ -104,7 +104,9 @@ class Corpus:
     return out
 
 
-def check_vocab(model_vocab_size: int, tokenizer: tokenization.Tokenizer):
+def check_vocab(
+  model_vocab_size: int, tokenizer: tokenization.Tokenizer
+) -> None:
   """Refuses a model whose vocabulary lacks some of the tokenizer's ids.
 
   Raises:

@@ -61,6 +61,7 @@ def e8m0_exponent(absmax: jax.Array, fmt: formats.Format) -> jax.Array:
 
 
 def e8m0_least(fmt: formats.Format) -> int:
+  """The least exponent of a scale whose smallest product is still normal."""
   return -126 - fmt.min_step_exponent
 
 

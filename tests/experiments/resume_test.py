@@ -1,9 +1,11 @@
 """A run that was killed writes the same bits as one that was not."""
 
+import json
 import signal
 
 import pytest
 
+from experiments import errors
 from jaxlib_ext import records
 from tests.experiments import runs
 
@@ -118,3 +120,14 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, corpus):
   summary = runs.run(tmp_path, settings)
   assert summary["step"] == 12
   assert losses(tmp_path) == before
+
+
+def test_a_refused_run_leaves_no_tokenizer_behind(tmp_path, corpus):
+  settings = runs.settings(corpus, "training.steps=1")
+  refused = settings + ["data.tokenizer=bpe:300", "model.vocab_size=10"]
+  with pytest.raises(errors.UserError, match="model.vocab_size"):
+    runs.run(tmp_path / "run", refused)
+  assert (tmp_path / "run" / "tokenizer.json").exists()
+  runs.run(tmp_path / "run", settings + ["data.tokenizer=bpe:280"])
+  config = json.loads((tmp_path / "run" / "config.json").read_text())
+  assert config["model"]["vocab_size"] == 280
