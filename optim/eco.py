@@ -99,6 +99,12 @@ def _check(learning_rate, momentum, weight_decay, rounding) -> None:
     )
 
 
+def _rate(learning_rate, count) -> jax.Array:
+  if callable(learning_rate):
+    learning_rate = learning_rate(count)
+  return jnp.asarray(learning_rate, jnp.float32)
+
+
 def _horizon(learning_rate, momentum, weight_decay, count) -> jax.Array:
   """c_count = sum over k >= 1 of β^k / (ρ_count ... ρ_{count+k-1})."""
   beta = jnp.asarray(momentum, jnp.float32)
@@ -106,7 +112,7 @@ def _horizon(learning_rate, momentum, weight_decay, count) -> jax.Array:
     return beta / (1 - beta)
   decay = jnp.asarray(weight_decay, jnp.float32)
   if not callable(learning_rate):
-    rho = 1 - jnp.asarray(learning_rate, jnp.float32) * decay
+    rho = 1 - _rate(learning_rate, count) * decay
     return beta / (rho - beta)
   known = _concrete(momentum)
   # Until β^k is lost in float32, or the rate is taken as constant.
@@ -315,10 +321,7 @@ def eco(
     )
 
     count = optax.safe_increment(state.count)
-    rate = learning_rate
-    if callable(rate):
-      rate = rate(state.count)
-    rate = jnp.asarray(rate, jnp.float32)
+    rate = _rate(learning_rate, state.count)
     horizon = _horizon(learning_rate, momentum, weight_decay, count)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
 
