@@ -1,5 +1,5 @@
 # `make pretrain` and `make test` set everything up in .venv, then run.
-#   make pretrain ARGS="--set=optimizer.name=muon"
+#   make pretrain ARGS="--set=optimizer.name=scale"
 #   make test ARGS="tests/optim -k muon"
 #   make test PYTHON=python3.13 VENV=.venv-3.13
 

@@ -30,6 +30,9 @@ POINTS = {
   for point in (
     bench_train_worker.Point("tiny-float32", (), 2048),
     bench_train_worker.Point(
+      "tiny-bfloat16", ("model.compute_dtype=bfloat16",), 2048
+    ),
+    bench_train_worker.Point(
       "256-bfloat16",
       (
         "model.d_model=256",
