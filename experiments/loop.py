@@ -190,10 +190,11 @@ class Run:
         step += 1
         signalled = interrupt.seen()
         last = step == training.steps
+        evaluate = last or _due(step, training.eval_every)
         record = {}
-        if last or _due(step, training.log_every):
+        if evaluate or _due(step, training.log_every):
           record |= meter.measure(step, metrics)
-        if last or _due(step, training.eval_every):
+        if evaluate:
           record |= self._evaluation(state.params)
         if record:
           meter.write(step, record)

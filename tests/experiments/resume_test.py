@@ -131,3 +131,15 @@ def test_a_refused_run_leaves_no_tokenizer_behind(tmp_path, corpus):
   runs.run(tmp_path / "run", settings + ["data.tokenizer=bpe:280"])
   config = json.loads((tmp_path / "run" / "config.json").read_text())
   assert config["model"]["vocab_size"] == 280
+
+
+def test_an_evaluation_between_two_logged_steps_is_a_whole_record(
+  tmp_path, corpus
+):
+  settings = runs.settings(
+    corpus, "training.log_every=5", "training.eval_every=4"
+  )
+  runs.run(tmp_path, settings)
+  metrics = records.read(tmp_path / "metrics.jsonl")
+  assert [m["step"] for m in metrics] == [4, 5, 8, 10, 12]
+  assert all("loss" in m and "seconds" in m for m in metrics)
