@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -69,6 +70,7 @@ class Side:
     framework: "ours", "eager" or "compiled".
     point: what it trains.
     directory: where it finds the weights and leaves its messages.
+    python: the interpreter that runs it.
   """
 
   def __init__(
@@ -76,12 +78,13 @@ class Side:
     framework: str,
     point: bench_train_worker.Point,
     directory: pathlib.Path,
+    python: str = sys.executable,
   ):
     self.framework = framework
     self._log = directory / f"{framework}.log"
     with open(self._log, "w", encoding="utf-8") as log:
       self._process = subprocess.Popen(
-        [sys.executable, "-m", "experiments.bench_train_worker"],
+        [python, "-m", "experiments.bench_train_worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
@@ -162,17 +165,21 @@ def disagreement(
 
 
 def _start(
-  point: bench_train_worker.Point, directory: pathlib.Path, compiled: bool
+  point: bench_train_worker.Point,
+  directory: pathlib.Path,
+  compiled: bool,
+  torch_python: str,
 ) -> tuple[dict[str, Side], dict[str, str]]:
   """The sides that run, with ours first, and why the others do not."""
   sides, missing = {"ours": Side("ours", point, directory)}, {}
   wanted = ["eager", *(["compiled"] if compiled else [])]
   for framework in wanted:
-    if importlib.util.find_spec("torch") is None:
+    if not torch_python and importlib.util.find_spec("torch") is None:
       missing[framework] = f"pip install {bench_train_torch.REQUIREMENT}"
       continue
     try:
-      sides[framework] = Side(framework, point, directory)
+      python = torch_python or sys.executable
+      sides[framework] = Side(framework, point, directory, python)
     except SideError as e:
       missing[framework] = str(e)
   return sides, missing
@@ -204,6 +211,7 @@ def measure(
   steps: int,
   checked_steps: int,
   compiled: bool,
+  torch_python: str = "",
 ) -> dict[str, Any]:
   """Checks and times one row.
 
@@ -213,6 +221,7 @@ def measure(
     steps: per turn.
     checked_steps: whose losses must agree.
     compiled: whether to measure `torch.compile` as well.
+    torch_python: the interpreter of PyTorch's sides; empty is this one.
 
   Returns:
     The record: losses, seconds per step of every turn, rates and ratios.
@@ -224,7 +233,7 @@ def measure(
   cfg = config.model.build(point.vocab_size)
   tokens = config.training.batch_size * config.training.seq_len
   with tempfile.TemporaryDirectory() as name:
-    sides, missing = _start(point, pathlib.Path(name), compiled)
+    sides, missing = _start(point, pathlib.Path(name), compiled, torch_python)
     try:
       losses = _check(sides, missing, cfg.compute_dtype, checked_steps)
       facts = {f: side("describe") for f, side in sides.items()}
@@ -325,6 +334,10 @@ def main() -> None:
   unknown = sorted(set(values.points) - set(POINTS))
   if unknown:
     raise errors.UserError(f"--points: got {unknown}, allowed: {list(POINTS)}")
+  if values.torch_python and not shutil.which(values.torch_python):
+    raise errors.UserError(
+      f"--torch_python: got {values.torch_python!r}, which is no program"
+    )
   for name in values.points:
     record = measure(
       POINTS[name],
@@ -332,6 +345,7 @@ def main() -> None:
       steps=values.steps,
       checked_steps=values.checked_steps,
       compiled=values.compile,
+      torch_python=values.torch_python,
     )
     print(report(record), flush=True)
     if values.record:
@@ -349,6 +363,12 @@ def _define_flags() -> None:
     "checked_steps", 4, "Steps whose losses must agree.", lower_bound=1
   )
   flags.DEFINE_bool("compile", True, "Measure torch.compile as well.")
+  flags.DEFINE_string(
+    "torch_python",
+    "",
+    "The interpreter that has PyTorch, and this project's packages, where the "
+    "one that runs this (another Python, a newer JAX) has none.",
+  )
   flags.DEFINE_string(
     "record",
     "experiments/records/bench_train.jsonl",

@@ -15,7 +15,7 @@ from models import layers
 
 # Finite, so that a row with nothing to attend to gives no NaN.
 _MASKED = -1e30
-_MIN_BLOCK = 64
+_MIN_BLOCK = 128
 _MAX_BLOCKS = 8
 
 

@@ -1,0 +1,413 @@
+"""The chunk algebra that every member of the family and every platform share.
+
+A chunk of C tokens of one head acts on the state X = (X_1 .. X_M), each
+[K, V] (M is 2 with momentum, S and N, else 1), as
+
+    R   = V - sum_m p_m o (P X_m)                what each token should add
+    E   = (I + L)^-1 R                           and what it does add
+    O   = sum_m q_m o (Q X_m) + At E
+    X'_m = sum_n D_mn X_n + K^T (k_m o E)
+
+where "o" scales rows. A member is a way to make the `System` (L, At, the row
+scales, D) from its gates; the step, its transpose and the inverse are the
+same for all. `docs` in kernels_pallas/linear/DERIVATION.md derive both.
+
+Every function takes arrays with any leading axes, so that the XLA path runs
+all chunks at once and a Pallas kernel one chunk of one head, from the same
+lines. Row scales and gates are columns `[..., C, 1]`. Nothing here divides,
+nothing subtracts one cumulative sum from another: an exponent is always the
+sum of the log decays that lie between two tokens, so a strong decay in one
+token costs no digit of a weak one in the next.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Columns = tuple[jax.Array, ...]
+
+
+class Gates(NamedTuple):
+  """Per-token gates, each `[..., C, 1]` or None where a member has none.
+
+  Attributes:
+    log_decay: log of the state's decay; `[..., C, K]` for per-channel decay.
+    log_momentum: log of the momentum's decay.
+    beta: weight of the error (first order) or of the momentum.
+    eta: weight of the error inside the momentum.
+  """
+
+  log_decay: jax.Array | None = None
+  log_momentum: jax.Array | None = None
+  beta: jax.Array | None = None
+  eta: jax.Array | None = None
+
+
+class Segments(NamedTuple):
+  """Which tokens may see each other.
+
+  Attributes:
+    ids: int32 `[..., C, 1]`, non-decreasing.
+    entering: int32 `[..., 1, 1]`, the segment of the state that enters.
+  """
+
+  ids: jax.Array
+  entering: jax.Array
+
+
+class System(NamedTuple):
+  """What a chunk does to a state.
+
+  Attributes:
+    p: `[..., C, K]`, erase keys, or None without the delta rule.
+    q: `[..., C, K]`.
+    k: `[..., C, K]`.
+    lower: `[..., C, C]`, L, strictly lower triangular, or None.
+    at: `[..., C, C]`, lower triangular.
+    p_scale: M columns `[..., C, 1]`.
+    q_scale: likewise.
+    k_scale: likewise.
+    decay: `D[m][n]`, each `[..., 1, 1]` or `[..., K, 1]`; None is zero.
+  """
+
+  p: jax.Array | None
+  q: jax.Array
+  k: jax.Array
+  lower: jax.Array | None
+  at: jax.Array
+  p_scale: Columns
+  q_scale: Columns
+  k_scale: Columns
+  decay: tuple[tuple[jax.Array | None, ...], ...]
+
+
+def dot(
+  a: jax.Array,
+  b: jax.Array,
+  *,
+  ta: bool = False,
+  tb: bool = False,
+  precision: jax.lax.PrecisionLike = "highest",
+) -> jax.Array:
+  """`a @ b` of the last two axes, either transposed, leading axes broadcast.
+
+  The result is at least float32.
+  """
+  batch = jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+  a = jnp.broadcast_to(a, (*batch, *a.shape[-2:]))
+  b = jnp.broadcast_to(b, (*batch, *b.shape[-2:]))
+  n = len(batch)
+  axes = tuple(range(n))
+  contract = ((n if ta else n + 1,), (n + 1 if tb else n,))
+  return jax.lax.dot_general(
+    a,
+    b,
+    (contract, (axes, axes)),
+    precision=precision,
+    preferred_element_type=jnp.promote_types(
+      jnp.promote_types(a.dtype, b.dtype), jnp.float32
+    ),
+  )
+
+
+def iota(size: int, axis: int) -> jax.Array:
+  """Row (axis 0) or column (axis 1) indices of a square matrix."""
+  return jax.lax.broadcasted_iota(jnp.int32, (size, size), axis)
+
+
+def as_row(column: jax.Array) -> jax.Array:
+  """`[..., C, 1]` to `[..., 1, C]`, without a transpose of one lane."""
+  size = column.shape[-2]
+  eye = iota(size, 0) == iota(size, 1)
+  zero = jnp.zeros((), column.dtype)
+  return jnp.sum(
+    jnp.where(eye, column, zero), axis=-2, keepdims=True, dtype=column.dtype
+  )
+
+
+def _last_row(matrix: jax.Array) -> jax.Array:
+  """The last row of `[..., C, C]` as a column `[..., C, 1]`."""
+  size = matrix.shape[-1]
+  last = iota(size, 0) == size - 1
+  row = jnp.sum(jnp.where(last, matrix, 0.0), axis=-2, keepdims=True)
+  eye = iota(size, 0) == iota(size, 1)
+  return jnp.sum(jnp.where(eye, row, 0.0), axis=-1, keepdims=True)
+
+
+def _last(column: jax.Array) -> jax.Array:
+  """The last entry of `[..., C, 1]` as `[..., 1, 1]`."""
+  size = column.shape[-2]
+  token = jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+  return jnp.sum(
+    jnp.where(token == size - 1, column, 0.0), axis=-2, keepdims=True
+  )
+
+
+class Masks:
+  """Which tokens of a chunk see which.
+
+  Args:
+    size: C.
+    segments: None is one segment.
+
+  Attributes:
+    token: int32 `[C, C]`, the row's index.
+    source: the column's.
+    inside: bool `[..., C, 1]`, the tokens of the entering state's segment,
+      or None for all.
+    leaving: likewise of the segment that goes on after the chunk.
+  """
+
+  def __init__(self, size: int, segments: Segments | None):
+    self.token, self.source = iota(size, 0), iota(size, 1)
+    self._same = self.inside = self.leaving = None
+    if segments is not None:
+      ids = segments.ids
+      self._same = ids == as_row(ids)
+      self.inside = ids == segments.entering
+      self.leaving = ids == jnp.max(ids, axis=-2, keepdims=True)
+
+  def causal(self, strict: bool = False) -> jax.Array:
+    """`[..., C, C]`, true where a token sees a source of its segment."""
+    mask = self.token > self.source if strict else self.token >= self.source
+    return mask if self._same is None else mask & self._same
+
+  def entering(self, column: jax.Array) -> jax.Array:
+    """Zero where the entering state belongs to an earlier segment."""
+    if self.inside is None:
+      return column
+    return jnp.where(self.inside, column, 0.0)
+
+
+def _between(
+  log_gate: jax.Array, masks: Masks, *, exclusive: bool = False
+) -> jax.Array:
+  """exp of the sum of the log gates after token j up to t: `[..., C, C]`.
+
+  The diagonal is 1, the upper triangle 0. `exclusive` sums up to t - 1, for
+  t > j only.
+  """
+  token, source = masks.token, masks.source
+  after = jnp.where(token > source, log_gate, 0.0)
+  upto = token > source if exclusive else token >= source
+  upto = jnp.broadcast_to(upto.astype(log_gate.dtype), after.shape)
+  total = dot(upto, after)
+  return jnp.where(masks.causal(strict=exclusive), jnp.exp(total), 0.0)
+
+
+def _since_start(
+  log_gate: jax.Array, masks: Masks, *, exclusive: bool = False
+) -> jax.Array:
+  """exp of the sum of the log gates up to t (or t - 1): `[..., C, 1]`."""
+  upto = (
+    masks.token > masks.source if exclusive else masks.token >= masks.source
+  )
+  total = jnp.sum(
+    jnp.where(upto, as_row(log_gate), 0.0), axis=-1, keepdims=True
+  )
+  return masks.entering(jnp.exp(total))
+
+
+def _apply(matrix: jax.Array, column: jax.Array) -> jax.Array:
+  """`matrix @ column` on the vector unit."""
+  return jnp.sum(matrix * as_row(column), axis=-1, keepdims=True)
+
+
+def scalar_system(
+  q: jax.Array,
+  k: jax.Array,
+  p: jax.Array | None,
+  gates: Gates,
+  segments: Segments | None,
+  *,
+  scale: float,
+  delta: bool,
+  precision: jax.lax.PrecisionLike = "highest",
+) -> System:
+  """The system of a member whose decays are scalars per token and head.
+
+  Args:
+    q: `[..., C, K]`.
+    k: `[..., C, K]`.
+    p: `[..., C, K]`, the erase key; None is the decay times k.
+    gates: columns `[..., C, 1]`; `log_momentum` makes it second order (MDN),
+      without `delta` only `log_decay` is used.
+    segments: None is one segment.
+    scale: of q.
+    delta: whether values are corrected by what the state predicts.
+    precision: of the products of q, k and p.
+
+  Returns:
+    The `System`, without `lower` and `p` if not `delta`.
+  """
+  size = q.shape[-2]
+  masks = Masks(size, segments)
+  free = p is not None
+  decay = _between(gates.log_decay, masks)
+  a = _since_start(gates.log_decay, masks)
+  # What the erase key meets: the state before the token, decayed by the token
+  # itself unless the erase key is free.
+  before, a_before = None, a
+  if delta and free:
+    before = _between(gates.log_decay, masks, exclusive=True)
+    a_before = _since_start(gates.log_decay, masks, exclusive=True)
+  elif delta:
+    before = jnp.where(masks.token > masks.source, decay, 0.0)
+  if gates.log_momentum is not None:
+    momentum = _between(gates.log_momentum, masks)
+    m = _since_start(gates.log_momentum, masks)
+    inner = gates.beta * momentum * as_row(gates.eta)
+    gamma, gamma_before = dot(decay, inner), dot(before, inner)
+    b, b_before = _apply(decay, gates.beta * m), _apply(before, gates.beta * m)
+    q_scale, p_scale = (a, b), (a_before, b_before)
+    k_scale = (_last_row(gamma), _last_row(momentum) * gates.eta)
+    state_decay = ((_last(a), _last(b)), (None, _last(m)))
+  else:
+    beta = None if gates.beta is None else as_row(gates.beta)
+    weigh = lambda x: x if beta is None else x * beta
+    gamma = weigh(decay)
+    gamma_before = weigh(before) if delta else None
+    q_scale, p_scale = (a,), (a_before,)
+    k_scale, state_decay = (_last_row(gamma),), ((_last(a),),)
+  at = dot(q, k, tb=True, precision=precision) * (gamma * scale)
+  lower = None
+  if delta:
+    p = p if free else k
+    lower = dot(p, k, tb=True, precision=precision) * gamma_before
+  return System(
+    p=p if delta else None,
+    q=q,
+    k=k,
+    lower=lower,
+    at=at,
+    p_scale=p_scale if delta else (),
+    q_scale=tuple(x * scale for x in q_scale),
+    k_scale=k_scale,
+    decay=state_decay,
+  )
+
+
+def step(
+  system: System,
+  inverse: jax.Array | None,
+  v: jax.Array,
+  state: Columns,
+  *,
+  precision: jax.lax.PrecisionLike = "highest",
+) -> tuple[jax.Array, jax.Array, Columns]:
+  """Takes a state through a chunk.
+
+  Args:
+    system: the chunk.
+    inverse: `[..., C, C]`, of I + L; None without the delta rule.
+    v: `[..., C, V]`.
+    state: M arrays `[..., K, V]`.
+    precision: of the products.
+
+  Returns:
+    o and e, both `[..., C, V]`, and the state at the chunk's end.
+  """
+  e = v.astype(state[0].dtype)
+  if inverse is not None:
+    for scale, x in zip(system.p_scale, state, strict=True):
+      e = e - scale * dot(system.p, x, precision=precision)
+    e = dot(inverse, e, precision=precision)
+  o = dot(system.at, e, precision=precision)
+  for scale, x in zip(system.q_scale, state, strict=True):
+    o = o + scale * dot(system.q, x, precision=precision)
+  out = []
+  for row, scale in zip(system.decay, system.k_scale, strict=True):
+    new = dot(system.k, scale * e, ta=True, precision=precision)
+    for d, x in zip(row, state, strict=True):
+      if d is not None:
+        new = new + d * x
+    out.append(new)
+  return o, e, tuple(out)
+
+
+def _row_sum(x: jax.Array) -> jax.Array:
+  return jnp.sum(x, axis=-1, keepdims=True)
+
+
+def _like(x: jax.Array, target: jax.Array) -> jax.Array:
+  """Sums the axes along which `target` was broadcast."""
+  axes = tuple(
+    i
+    for i, (n, wanted) in enumerate(zip(x.shape, target.shape, strict=True))
+    if n != wanted
+  )
+  return jnp.sum(x, axis=axes, keepdims=True) if axes else x
+
+
+def step_vjp(
+  system: System,
+  inverse: jax.Array | None,
+  e: jax.Array,
+  state: Columns,
+  do: jax.Array,
+  dstate: Columns,
+  *,
+  precision: jax.lax.PrecisionLike = "highest",
+) -> tuple[System, jax.Array, Columns]:
+  """The transpose of `step`.
+
+  Args:
+    system: the chunk.
+    inverse: as for `step`.
+    e: `[..., C, V]`, as `step` returned it.
+    state: the state that entered the chunk.
+    do: `[..., C, V]`, the cotangent of o.
+    dstate: the cotangent of the state that left.
+    precision: of the products.
+
+  Returns:
+    The cotangents of the system (of L, not of its inverse), of v, and of the
+    state that entered.
+  """
+  dots = lambda a, b, **how: dot(a, b, precision=precision, **how)
+  de = dots(system.at, do, ta=True)
+  dk, dk_scale = 0.0, []
+  for scale, dx in zip(system.k_scale, dstate, strict=True):
+    written = dots(system.k, dx)
+    de = de + scale * written
+    dk_scale.append(_row_sum(e * written))
+    dk = dk + dots(scale * e, dx, tb=True)
+  z = de if inverse is None else dots(inverse, de, ta=True)
+  dq, dq_scale, dp, dp_scale, entering = 0.0, [], 0.0, [], []
+  for i, x in enumerate(state):
+    q_do = system.q_scale[i] * do
+    dq = dq + dots(q_do, x, tb=True)
+    dq_scale.append(_row_sum(do * dots(system.q, x)))
+    dx = dots(system.q, q_do, ta=True)
+    if inverse is not None:
+      p_z = system.p_scale[i] * z
+      dp = dp - dots(p_z, x, tb=True)
+      dp_scale.append(-_row_sum(z * dots(system.p, x)))
+      dx = dx - dots(system.p, p_z, ta=True)
+    for row, dy in zip(system.decay, dstate, strict=True):
+      if row[i] is not None:
+        dx = dx + row[i] * dy
+    entering.append(dx)
+  decay = tuple(
+    tuple(
+      None if d is None else _like(_row_sum(dy * x), d)
+      for d, x in zip(row, state, strict=True)
+    )
+    for row, dy in zip(system.decay, dstate, strict=True)
+  )
+  delta = inverse is not None
+  dsystem = System(
+    p=_like(dp, system.p) if delta else None,
+    q=_like(dq, system.q),
+    k=_like(dk, system.k),
+    lower=-dots(z, e, tb=True) if delta else None,
+    at=dots(do, e, tb=True),
+    p_scale=tuple(dp_scale),
+    q_scale=tuple(dq_scale),
+    k_scale=tuple(dk_scale),
+    decay=decay,
+  )
+  return dsystem, z, tuple(entering)

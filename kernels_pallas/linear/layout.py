@@ -1,0 +1,88 @@
+"""Between the public layout and chunks of heads.
+
+Public arrays are `[B, T, heads, .]`; the chunk algebra takes `[N, B, G, R, C,
+.]`: N chunks of C tokens in front, since a scan walks them, and R = H / G
+value heads beside the key head that they share, which has R = 1.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.linear import chunk, problem
+
+
+def pad(inputs: problem.Inputs, multiple: int) -> problem.Inputs:
+  """Pads T with tokens that change neither a state nor a gradient.
+
+  Zero keys, values and weights add nothing, log gates of zero decay nothing
+  (with momentum, beta = 0 also keeps it out of the state), and the segment
+  of the last token goes on.
+  """
+  extra = -inputs.q.shape[1] % multiple
+  if not extra:
+    return inputs
+
+  def widen(x, mode="constant"):
+    widths = [(0, 0)] * x.ndim
+    widths[1] = (0, extra)
+    return jnp.pad(x, widths, mode=mode)
+
+  tokens = inputs._replace(state=None, segments=None)
+  segments = inputs.segments
+  if segments is not None:
+    segments = widen(segments, "edge")
+  return jax.tree.map(widen, tokens)._replace(
+    state=inputs.state, segments=segments
+  )
+
+
+def chunks(x: jax.Array, size: int, groups: int) -> jax.Array:
+  """`[B, T, heads, .]` to `[N, B, groups, heads / groups, C, .]`."""
+  b, t, heads, width = x.shape
+  x = x.reshape(b, t // size, size, groups, heads // groups, width)
+  return x.transpose(1, 0, 3, 4, 2, 5)
+
+
+def tokens(x: jax.Array, length: int) -> jax.Array:
+  """The inverse of `chunks`, cut to `length` tokens."""
+  n, b, groups, repeat, size, width = x.shape
+  x = x.transpose(1, 0, 4, 2, 3, 5)
+  return x.reshape(b, n * size, groups * repeat, width)[:, :length]
+
+
+def gates(inputs: problem.Inputs, size: int, groups: int) -> chunk.Gates:
+  """The gates as columns `[N, B, G, R, C, 1]` (per channel `[.., C, K]`)."""
+
+  def column(x):
+    if x is None:
+      return None
+    return chunks(x if x.ndim == 4 else x[..., None], size, groups)
+
+  return chunk.Gates(
+    column(inputs.log_decay),
+    column(inputs.log_momentum),
+    column(inputs.beta),
+    column(inputs.eta),
+  )
+
+
+def segments(ids: jax.Array | None, size: int) -> chunk.Segments | None:
+  """`[B, T]` ordinals to columns `[N, B, 1, 1, C, 1]` and what enters each."""
+  if ids is None:
+    return None
+  b, t = ids.shape
+  last = ids[:, size - 1 :: size][:, :-1]
+  entering = jnp.concatenate([jnp.zeros((b, 1), ids.dtype), last], axis=1)
+  columns = ids.reshape(b, t // size, size).transpose(1, 0, 2)
+  return chunk.Segments(
+    columns[:, :, None, None, :, None],
+    entering.T[:, :, None, None, None, None],
+  )
+
+
+def state(x: jax.Array, groups: int) -> jax.Array:
+  """`[B, H, K, V]` to `[B, G, R, K, V]`."""
+  b, heads, *rest = x.shape
+  return x.reshape(b, groups, heads // groups, *rest)

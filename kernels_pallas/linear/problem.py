@@ -1,0 +1,298 @@
+"""What every implementation of the family is given, and its validation.
+
+Dimensions: B batch, T tokens, H value heads, G query/key heads (G divides H:
+value head h reads query and key head `h // (H / G)`), K key size, V value
+size, M the number of state matrices (2 with momentum, else 1).
+
+The recurrences, per value head, in float32 (float64 for float64 inputs):
+
+  not delta:     S = a S + k v^T
+  delta, M = 1:  e = v - p^T S;  S = a S + beta k e^T
+  delta, M = 2:  e = v - p^T S;  N = mu N + eta k e^T;  S = a S + beta N
+
+with a = exp(log_decay) (a scalar, or a factor per row of S), mu =
+exp(log_momentum), p = a k unless an erase key is given, and the output
+o = S^T (scale q). A token whose segment is not the one before it meets a
+zero state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+CHUNK_SIZES = (16, 32, 64, 128, 256)
+
+
+class Inputs(NamedTuple):
+  """The arrays of one problem.
+
+  q, k, p and v share one dtype; gates and states are float32, or float64
+  where any input is.
+
+  Attributes:
+    q: `[B, T, G, K]`, not yet scaled.
+    k: `[B, T, G, K]`.
+    p: `[B, T, G, K]`, the erase key, or None for the decay times k.
+    v: `[B, T, H, V]`.
+    log_decay: `[B, T, H]` or, per channel, `[B, T, H, K]`.
+    log_momentum: `[B, T, H]`, or None for a first-order member.
+    beta: `[B, T, H]`, or None without the delta rule.
+    eta: `[B, T, H]`, or None for a first-order member.
+    state: M arrays `[B, H, K, V]`, (S,) or (S, N), of segment 0.
+    segments: int32 `[B, T]`, ordinals that start at 0 and rise by at most 1,
+      or None for one segment.
+  """
+
+  q: jax.Array
+  k: jax.Array
+  p: jax.Array | None
+  v: jax.Array
+  log_decay: jax.Array
+  log_momentum: jax.Array | None
+  beta: jax.Array | None
+  eta: jax.Array | None
+  state: tuple[jax.Array, ...]
+  segments: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What is known when a problem is traced.
+
+  Attributes:
+    scale: multiplies q.
+    delta: whether values are corrected by what the state predicts.
+    chunk_size: tokens of a chunk.
+    interpret: whether Pallas kernels are interpreted.
+  """
+
+  scale: float
+  delta: bool
+  chunk_size: int
+  interpret: bool
+
+
+def floating(name: str, x: Any) -> jax.Array:
+  """`x` as an array; TypeError unless it is floating."""
+  x = jnp.asarray(x)
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise TypeError(f"{name} must be floating, got {x.dtype}")
+  return x
+
+
+def shaped(
+  name: str, x: Any, wanted: tuple[int, ...], letters: str
+) -> jax.Array:
+  """`x` as a floating array; ValueError unless its shape is `wanted`."""
+  x = floating(name, x)
+  if x.shape != wanted:
+    raise ValueError(
+      f"{name} must have the shape [{letters}] = {list(wanted)}, got "
+      f"{list(x.shape)}"
+    )
+  return x
+
+
+def _gate(
+  name: str, x: Any, required: bool, channels: str, dims: tuple[int, ...]
+) -> jax.Array | None:
+  """Checks one gate: `[B, T, H]`, or `[B, T, H, K]` where channels may be."""
+  if x is None:
+    if required:
+      raise TypeError(f"{name} must be an array, got None")
+    return None
+  b, t, h, k = dims
+  if channels == "always" or (channels == "allowed" and jnp.ndim(x) == 4):
+    return shaped(name, x, (b, t, h, k), "B, T, H, K")
+  return shaped(name, x, (b, t, h), "B, T, H")
+
+
+def _states(
+  initial_state: Any,
+  fields: tuple[str, ...],
+  wanted: tuple[int, ...],
+) -> tuple[jax.Array, ...] | None:
+  """The initial state's arrays, checked; `fields` are those of a pair."""
+  if initial_state is None:
+    return None
+  if not fields:
+    return (shaped("initial_state", initial_state, wanted, "B, H, K, V"),)
+  if not isinstance(initial_state, tuple) or len(initial_state) != len(fields):
+    raise ValueError(
+      f"initial_state must be a tuple ({', '.join(fields)}), got "
+      f"{type(initial_state).__name__}"
+    )
+  return tuple(
+    shaped(f"initial_state.{field}", x, wanted, "B, H, K, V")
+    for field, x in zip(fields, initial_state, strict=True)
+  )
+
+
+def make_inputs(
+  q: Any,
+  k: Any,
+  p: Any,
+  v: Any,
+  gates: dict[str, Any],
+  *,
+  initial_state: Any,
+  segment_ids: Any,
+  required: tuple[str, ...] = (),
+  channels: str = "never",
+  fields: tuple[str, ...] = (),
+) -> Inputs:
+  """Checks and completes the public functions' arguments.
+
+  Args:
+    q: as the public functions take it, and so the arrays that follow.
+    k: keys.
+    p: erase keys or None.
+    v: values.
+    gates: the member's gates by name; those it lacks are absent.
+    initial_state: an array, a tuple where `fields` are given, or None.
+    segment_ids: int `[B, T]` or None.
+    required: the gates that may not be None.
+    channels: whether `log_decay` is `[B, T, H, K]`: "never", "allowed" or
+      "always".
+    fields: the names of a second-order member's states.
+
+  Returns:
+    The `Inputs`.
+
+  Raises:
+    TypeError: naming the argument, for dtypes that are not allowed.
+    ValueError: naming the argument, for shapes that do not fit.
+  """
+  q, v = floating("q", q), floating("v", v)
+  b, t, g, h, size, value_size = sizes(q, v)
+  k = shaped("k", k, q.shape, "B, T, G, K")
+  p = None if p is None else shaped("erase_key", p, q.shape, "B, T, G, K")
+  gates = {
+    name: _gate(
+      name,
+      x,
+      name in required,
+      channels if name == "log_decay" else "never",
+      (b, t, h, size),
+    )
+    for name, x in gates.items()
+  }
+  wanted = (b, h, size, value_size)
+  states = _states(initial_state, fields, wanted)
+  if segment_ids is not None:
+    segment_ids = ordinals(segment_ids, b, t)
+
+  narrow = jnp.result_type(*(x for x in (q, k, p, v) if x is not None))
+  wide = [x for x in (*gates.values(), *(states or ())) if x is not None]
+  dtype = jnp.result_type(jnp.float32, narrow, *wide)
+  if dtype == jnp.float64:
+    narrow = dtype
+  q, k, p, v = (None if x is None else x.astype(narrow) for x in (q, k, p, v))
+  if states is None:
+    states = (jnp.zeros(wanted, dtype),) * max(1, len(fields))
+  if gates["log_decay"] is None:
+    gates["log_decay"] = jnp.zeros((b, t, h), dtype)
+  gate = lambda name: (
+    None if gates.get(name) is None else gates[name].astype(dtype)
+  )
+  return Inputs(
+    q=q,
+    k=k,
+    p=p,
+    v=v,
+    log_decay=gate("log_decay"),
+    log_momentum=gate("log_momentum"),
+    beta=gate("beta"),
+    eta=gate("eta"),
+    state=tuple(x.astype(dtype) for x in states),
+    segments=segment_ids,
+  )
+
+
+def sizes(q: jax.Array, v: jax.Array) -> tuple[int, int, int, int, int, int]:
+  """(B, T, G, H, K, V) of `q` [B, T, G, K] and `v` [B, T, H, V].
+
+  Raises:
+    ValueError: for shapes that do not fit.
+  """
+  for name, x, letters in (("q", q, "B, T, G, K"), ("v", v, "B, T, H, V")):
+    if x.ndim != 4 or 0 in x.shape:
+      raise ValueError(
+        f"{name} must have the shape [{letters}] with every size at least 1, "
+        f"got {list(x.shape)}"
+      )
+  b, t, g, k = q.shape
+  h, size = v.shape[2:]
+  if v.shape[:2] != (b, t):
+    raise ValueError(
+      f"v must have the shape [B, T, H, V] with [B, T] = {[b, t]} as q has, "
+      f"got {list(v.shape)}"
+    )
+  if h % g:
+    raise ValueError(
+      f"v must have a multiple of q's and k's {g} heads, got {h} heads"
+    )
+  return b, t, g, h, k, size
+
+
+def check_scale(scale: Any, key_size: int) -> float:
+  """`scale` as a float, K**-0.5 for None."""
+  if scale is None:
+    return key_size**-0.5
+  if isinstance(scale, bool) or not isinstance(
+    scale, int | float | np.integer | np.floating
+  ):
+    raise TypeError(
+      "scale must be a Python number (multiply q for a traced one), got "
+      f"{type(scale).__name__}"
+    )
+  return float(scale)
+
+
+def check_chunk_size(chunk_size: Any) -> int:
+  """`chunk_size`, ValueError unless it is one of `CHUNK_SIZES`."""
+  if isinstance(chunk_size, bool) or chunk_size not in CHUNK_SIZES:
+    raise ValueError(
+      f"chunk_size must be one of {list(CHUNK_SIZES)}, got {chunk_size!r}"
+    )
+  return int(chunk_size)
+
+
+def ordinals(segment_ids: Any, b: int, t: int) -> jax.Array:
+  """Numbers the segments of each row 0, 1, ...: int32 `[B, T]`.
+
+  Args:
+    segment_ids: int `[B, T]`, non-decreasing along T. That is checked for
+      concrete values; traced ones start a segment wherever they change.
+    b: B.
+    t: T.
+
+  Returns:
+    int32 `[B, T]`.
+
+  Raises:
+    TypeError: unless it is an integer array.
+    ValueError: for another shape, or for ids that decrease.
+  """
+  ids = jnp.asarray(segment_ids)
+  if not jnp.issubdtype(ids.dtype, jnp.integer):
+    raise TypeError(f"segment_ids must be integers, got {ids.dtype}")
+  if ids.shape != (b, t):
+    raise ValueError(
+      f"segment_ids must have the shape [B, T] = {[b, t]}, got "
+      f"{list(ids.shape)}"
+    )
+  if not isinstance(ids, jax.core.Tracer):
+    with jax.ensure_compile_time_eval():
+      decreasing = bool(jnp.any(ids[:, 1:] < ids[:, :-1]))
+    if decreasing:
+      raise ValueError(
+        "segment_ids must not decrease along T, got a row that does"
+      )
+  change = (ids[:, 1:] != ids[:, :-1]).astype(jnp.int32)
+  return jnp.pad(jnp.cumsum(change, axis=1), ((0, 0), (1, 0)))
