@@ -62,10 +62,11 @@ class System(NamedTuple):
   """What a chunk does to a state.
 
   Attributes:
-    p: `[..., C, K]`, erase keys, or None without the delta rule.
+    p: `[..., C, K]`, erase keys, or None where they are k.
     q: `[..., C, K]`.
     k: `[..., C, K]`.
-    lower: `[..., C, C]`, L, strictly lower triangular, or None.
+    lower: `[..., C, C]`, L, strictly lower triangular, or None without the
+      delta rule.
     at: `[..., C, C]`, lower triangular.
     p_scale: M columns `[..., C, 1]`.
     q_scale: likewise.
@@ -96,6 +97,15 @@ def dot(
 
   The result is at least float32.
   """
+  if b.ndim == 2 and not ta:
+    # One product of all rows, rather than a batch with copies of b.
+    return jax.lax.dot_general(
+      a,
+      b,
+      (((a.ndim - 1,), (1 if tb else 0,)), ((), ())),
+      precision=precision,
+      preferred_element_type=_at_least_float32(a, b),
+    )
   batch = jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2])
   a = jnp.broadcast_to(a, (*batch, *a.shape[-2:]))
   b = jnp.broadcast_to(b, (*batch, *b.shape[-2:]))
@@ -107,10 +117,12 @@ def dot(
     b,
     (contract, (axes, axes)),
     precision=precision,
-    preferred_element_type=jnp.promote_types(
-      jnp.promote_types(a.dtype, b.dtype), jnp.float32
-    ),
+    preferred_element_type=_at_least_float32(a, b),
   )
+
+
+def _at_least_float32(a, b):
+  return jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
 
 
 def iota(size: int, axis: int) -> jax.Array:
@@ -118,32 +130,9 @@ def iota(size: int, axis: int) -> jax.Array:
   return jax.lax.broadcasted_iota(jnp.int32, (size, size), axis)
 
 
-def as_row(column: jax.Array) -> jax.Array:
-  """`[..., C, 1]` to `[..., 1, C]`, without a transpose of one lane."""
-  size = column.shape[-2]
-  eye = iota(size, 0) == iota(size, 1)
-  zero = jnp.zeros((), column.dtype)
-  return jnp.sum(
-    jnp.where(eye, column, zero), axis=-2, keepdims=True, dtype=column.dtype
-  )
-
-
-def _last_row(matrix: jax.Array) -> jax.Array:
-  """The last row of `[..., C, C]` as a column `[..., C, 1]`."""
-  size = matrix.shape[-1]
-  last = iota(size, 0) == size - 1
-  row = jnp.sum(jnp.where(last, matrix, 0.0), axis=-2, keepdims=True)
-  eye = iota(size, 0) == iota(size, 1)
-  return jnp.sum(jnp.where(eye, row, 0.0), axis=-1, keepdims=True)
-
-
-def _last(column: jax.Array) -> jax.Array:
-  """The last entry of `[..., C, 1]` as `[..., 1, 1]`."""
-  size = column.shape[-2]
-  token = jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
-  return jnp.sum(
-    jnp.where(token == size - 1, column, 0.0), axis=-2, keepdims=True
-  )
+def flip(x: jax.Array) -> jax.Array:
+  """Swaps the last two axes: a column becomes a row and back."""
+  return jnp.swapaxes(x, -1, -2)
 
 
 class Masks:
@@ -166,7 +155,7 @@ class Masks:
     self._same = self.inside = self.leaving = None
     if segments is not None:
       ids = segments.ids
-      self._same = ids == as_row(ids)
+      self._same = ids == flip(ids)
       self.inside = ids == segments.entering
       self.leaving = ids == jnp.max(ids, axis=-2, keepdims=True)
 
@@ -182,38 +171,28 @@ class Masks:
     return jnp.where(self.inside, column, 0.0)
 
 
-def _between(
+def _decays(
   log_gate: jax.Array, masks: Masks, *, exclusive: bool = False
-) -> jax.Array:
-  """exp of the sum of the log gates after token j up to t: `[..., C, C]`.
+) -> tuple[jax.Array, jax.Array]:
+  """How much is left, at token t, of what token j and the state brought.
 
-  The diagonal is 1, the upper triangle 0. `exclusive` sums up to t - 1, for
-  t > j only.
+  Args:
+    log_gate: `[..., C, 1]`.
+    masks: of the chunk.
+    exclusive: whether t's own gate does not count (then only t > j counts).
+
+  Returns:
+    `[..., C, C]`, the exponential of the sum of the gates after j up to t,
+    with a zero upper triangle, and `[..., C, 1]`, that of all gates up to t.
   """
   token, source = masks.token, masks.source
-  after = jnp.where(token > source, log_gate, 0.0)
-  upto = token > source if exclusive else token >= source
-  upto = jnp.broadcast_to(upto.astype(log_gate.dtype), after.shape)
+  counts = token > source if exclusive else token >= source
+  upto = jnp.where(counts, flip(log_gate), 0.0)
+  after = (token > source).astype(log_gate.dtype)
   total = dot(upto, after)
-  return jnp.where(masks.causal(strict=exclusive), jnp.exp(total), 0.0)
-
-
-def _since_start(
-  log_gate: jax.Array, masks: Masks, *, exclusive: bool = False
-) -> jax.Array:
-  """exp of the sum of the log gates up to t (or t - 1): `[..., C, 1]`."""
-  upto = (
-    masks.token > masks.source if exclusive else masks.token >= masks.source
-  )
-  total = jnp.sum(
-    jnp.where(upto, as_row(log_gate), 0.0), axis=-1, keepdims=True
-  )
-  return masks.entering(jnp.exp(total))
-
-
-def _apply(matrix: jax.Array, column: jax.Array) -> jax.Array:
-  """`matrix @ column` on the vector unit."""
-  return jnp.sum(matrix * as_row(column), axis=-1, keepdims=True)
+  since = jnp.exp(total[..., :1] + upto[..., :1])
+  between = jnp.where(masks.causal(strict=exclusive), jnp.exp(total), 0.0)
+  return between, masks.entering(since)
 
 
 def scalar_system(
@@ -241,44 +220,40 @@ def scalar_system(
     precision: of the products of q, k and p.
 
   Returns:
-    The `System`, without `lower` and `p` if not `delta`.
+    The `System`, without `lower` if not `delta`.
   """
-  size = q.shape[-2]
-  masks = Masks(size, segments)
-  free = p is not None
-  decay = _between(gates.log_decay, masks)
-  a = _since_start(gates.log_decay, masks)
+  masks = Masks(q.shape[-2], segments)
+  decay, a = _decays(gates.log_decay, masks)
   # What the erase key meets: the state before the token, decayed by the token
   # itself unless the erase key is free.
   before, a_before = None, a
-  if delta and free:
-    before = _between(gates.log_decay, masks, exclusive=True)
-    a_before = _since_start(gates.log_decay, masks, exclusive=True)
+  if delta and p is not None:
+    before, a_before = _decays(gates.log_decay, masks, exclusive=True)
   elif delta:
     before = jnp.where(masks.token > masks.source, decay, 0.0)
+  last = lambda x: x[..., -1:, :]
   if gates.log_momentum is not None:
-    momentum = _between(gates.log_momentum, masks)
-    m = _since_start(gates.log_momentum, masks)
-    inner = gates.beta * momentum * as_row(gates.eta)
+    momentum, m = _decays(gates.log_momentum, masks)
+    inner = gates.beta * momentum * flip(gates.eta)
     gamma, gamma_before = dot(decay, inner), dot(before, inner)
-    b, b_before = _apply(decay, gates.beta * m), _apply(before, gates.beta * m)
+    b, b_before = dot(decay, gates.beta * m), dot(before, gates.beta * m)
     q_scale, p_scale = (a, b), (a_before, b_before)
-    k_scale = (_last_row(gamma), _last_row(momentum) * gates.eta)
-    state_decay = ((_last(a), _last(b)), (None, _last(m)))
+    k_scale = (flip(last(gamma)), flip(last(momentum)) * gates.eta)
+    state_decay = ((last(a), last(b)), (None, last(m)))
   else:
-    beta = None if gates.beta is None else as_row(gates.beta)
+    beta = None if gates.beta is None else flip(gates.beta)
     weigh = lambda x: x if beta is None else x * beta
     gamma = weigh(decay)
     gamma_before = weigh(before) if delta else None
     q_scale, p_scale = (a,), (a_before,)
-    k_scale, state_decay = (_last_row(gamma),), ((_last(a),),)
+    k_scale, state_decay = (flip(last(gamma)),), ((last(a),),)
   at = dot(q, k, tb=True, precision=precision) * (gamma * scale)
   lower = None
   if delta:
-    p = p if free else k
-    lower = dot(p, k, tb=True, precision=precision) * gamma_before
+    erase = k if p is None else p
+    lower = dot(erase, k, tb=True, precision=precision) * gamma_before
   return System(
-    p=p if delta else None,
+    p=p,
     q=q,
     k=k,
     lower=lower,
@@ -312,8 +287,9 @@ def step(
   """
   e = v.astype(state[0].dtype)
   if inverse is not None:
+    erase = system.k if system.p is None else system.p
     for scale, x in zip(system.p_scale, state, strict=True):
-      e = e - scale * dot(system.p, x, precision=precision)
+      e = e - scale * dot(erase, x, precision=precision)
     e = dot(inverse, e, precision=precision)
   o = dot(system.at, e, precision=precision)
   for scale, x in zip(system.q_scale, state, strict=True):
@@ -375,18 +351,20 @@ def step_vjp(
     de = de + scale * written
     dk_scale.append(_row_sum(e * written))
     dk = dk + dots(scale * e, dx, tb=True)
-  z = de if inverse is None else dots(inverse, de, ta=True)
+  delta = inverse is not None
+  erase = system.k if system.p is None else system.p
+  z = dots(inverse, de, ta=True) if delta else de
   dq, dq_scale, dp, dp_scale, entering = 0.0, [], 0.0, [], []
   for i, x in enumerate(state):
     q_do = system.q_scale[i] * do
     dq = dq + dots(q_do, x, tb=True)
     dq_scale.append(_row_sum(do * dots(system.q, x)))
     dx = dots(system.q, q_do, ta=True)
-    if inverse is not None:
+    if delta:
       p_z = system.p_scale[i] * z
       dp = dp - dots(p_z, x, tb=True)
-      dp_scale.append(-_row_sum(z * dots(system.p, x)))
-      dx = dx - dots(system.p, p_z, ta=True)
+      dp_scale.append(-_row_sum(z * dots(erase, x)))
+      dx = dx - dots(erase, p_z, ta=True)
     for row, dy in zip(system.decay, dstate, strict=True):
       if row[i] is not None:
         dx = dx + row[i] * dy
@@ -398,9 +376,10 @@ def step_vjp(
     )
     for row, dy in zip(system.decay, dstate, strict=True)
   )
-  delta = inverse is not None
+  if delta and system.p is None:
+    dk, dp = dk + dp, None
   dsystem = System(
-    p=_like(dp, system.p) if delta else None,
+    p=_like(dp, system.p) if system.p is not None else None,
     q=_like(dq, system.q),
     k=_like(dk, system.k),
     lower=-dots(z, e, tb=True) if delta else None,

@@ -57,7 +57,7 @@ def vector_system(
   own = jnp.sum(q * k, axis=-1, keepdims=True)
   at = scores["at"] + jnp.where(diagonal, own, 0.0)
   beta = gates.beta
-  weigh = lambda x: x if beta is None else x * chunk.as_row(beta)
+  weigh = lambda x: x if beta is None else x * chunk.flip(beta)
   upto = masks.token >= masks.source
   since = _decay(upto, g, masks.inside)
   before = since
@@ -76,7 +76,7 @@ def vector_system(
     p_scale=(ones,) if delta else (),
     q_scale=(ones * scale,),
     k_scale=(ones if beta is None else beta,),
-    decay=((_as_column(total),),),
+    decay=((chunk.flip(total),),),
   )
 
 
@@ -86,13 +86,6 @@ def _decay(mask, g, keep):
   return (
     jnp.exp(total) if keep is None else jnp.where(keep, jnp.exp(total), 0.0)
   )
-
-
-def _as_column(row):
-  """`[..., 1, K]` to `[..., K, 1]`, without a transpose of one lane."""
-  size = row.shape[-1]
-  eye = chunk.iota(size, 0) == chunk.iota(size, 1)
-  return jnp.sum(jnp.where(eye, row, 0.0), axis=-1, keepdims=True)
 
 
 def _scores(rows, k, g, masks, free, whole):
