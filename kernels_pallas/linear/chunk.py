@@ -344,27 +344,29 @@ def step_vjp(
     state that entered.
   """
   dots = lambda a, b, **how: dot(a, b, precision=precision, **how)
+  erase = system.k if system.p is None else system.p
+  delta = inverse is not None
   de = dots(system.at, do, ta=True)
   dk, dk_scale = 0.0, []
   for scale, dx in zip(system.k_scale, dstate, strict=True):
-    written = dots(system.k, dx)
-    de = de + scale * written
-    dk_scale.append(_row_sum(e * written))
-    dk = dk + dots(scale * e, dx, tb=True)
-  delta = inverse is not None
-  erase = system.k if system.p is None else system.p
+    de = de + scale * dots(system.k, dx)
+    from_e = dots(e, dx, tb=True)
+    dk = dk + scale * from_e
+    dk_scale.append(_row_sum(system.k * from_e))
   z = dots(inverse, de, ta=True) if delta else de
+  # The cotangent of a row scale is a row sum of V products, do o (Q X); the
+  # same number is one of K products, Q o (do X^T), which dq needs anyway.
   dq, dq_scale, dp, dp_scale, entering = 0.0, [], 0.0, [], []
   for i, x in enumerate(state):
-    q_do = system.q_scale[i] * do
-    dq = dq + dots(q_do, x, tb=True)
-    dq_scale.append(_row_sum(do * dots(system.q, x)))
-    dx = dots(system.q, q_do, ta=True)
+    from_o = dots(do, x, tb=True)
+    dq = dq + system.q_scale[i] * from_o
+    dq_scale.append(_row_sum(system.q * from_o))
+    dx = dots(system.q, system.q_scale[i] * do, ta=True)
     if delta:
-      p_z = system.p_scale[i] * z
-      dp = dp - dots(p_z, x, tb=True)
-      dp_scale.append(-_row_sum(z * dots(erase, x)))
-      dx = dx - dots(erase, p_z, ta=True)
+      from_z = dots(z, x, tb=True)
+      dp = dp - system.p_scale[i] * from_z
+      dp_scale.append(-_row_sum(erase * from_z))
+      dx = dx - dots(erase, system.p_scale[i] * z, ta=True)
     for row, dy in zip(system.decay, dstate, strict=True):
       if row[i] is not None:
         dx = dx + row[i] * dy
