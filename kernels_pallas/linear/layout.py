@@ -40,15 +40,34 @@ def pad(inputs: problem.Inputs, multiple: int) -> problem.Inputs:
 
 def chunks(x: jax.Array, size: int, groups: int) -> jax.Array:
   """`[B, T, heads, .]` to `[N, B, groups, heads / groups, C, .]`."""
+  return heads_first(pieces(x, size, groups))
+
+
+def pieces(x: jax.Array, size: int, groups: int) -> jax.Array:
+  """`[B, T, heads, .]` to `[N, B, C, groups, heads / groups, .]`.
+
+  No element of a token moves: the cheap part of `chunks`, whose other part,
+  `heads_first`, a scan may do to one chunk at a time, in cache.
+  """
   b, t, heads, width = x.shape
   x = x.reshape(b, t // size, size, groups, heads // groups, width)
-  return x.transpose(1, 0, 3, 4, 2, 5)
+  return jnp.moveaxis(x, 1, 0)
+
+
+def heads_first(x: jax.Array) -> jax.Array:
+  """`[.., C, G, R, .]` to `[.., G, R, C, .]`."""
+  return jnp.moveaxis(x, -4, -2)
+
+
+def tokens_first(x: jax.Array) -> jax.Array:
+  """The inverse of `heads_first`."""
+  return jnp.moveaxis(x, -2, -4)
 
 
 def tokens(x: jax.Array, length: int) -> jax.Array:
-  """The inverse of `chunks`, cut to `length` tokens."""
-  n, b, groups, repeat, size, width = x.shape
-  x = x.transpose(1, 0, 4, 2, 3, 5)
+  """The inverse of `pieces`, cut to `length` tokens."""
+  n, b, size, groups, repeat, width = x.shape
+  x = jnp.moveaxis(x, 0, 1)
   return x.reshape(b, n * size, groups * repeat, width)[:, :length]
 
 

@@ -44,7 +44,7 @@ def _run(inputs, segments, options):
 
 
 def _arranged(inputs, segments, options):
-  """The padded inputs in the layout of the chunk algebra."""
+  """The padded inputs as the chunk algebra takes them, v as `pieces`."""
   size = options.chunk_size
   inputs = layout.pad(inputs._replace(segments=segments), size)
   groups = inputs.q.shape[2]
@@ -54,7 +54,7 @@ def _arranged(inputs, segments, options):
     arrange(inputs.k),
     arrange(inputs.p),
     layout.gates(inputs, size, groups),
-    arrange(inputs.v),
+    layout.pieces(inputs.v, size, groups),
     tuple(layout.state(x, groups) for x in inputs.state),
     layout.segments(inputs.segments, size),
   )
@@ -79,8 +79,8 @@ def _forward(inputs, segments, options):
 
   def walk(state, piece):
     system, inverse, v = piece
-    o, e, new = chunk.step(system, inverse, v, state)
-    return new, (o, e, state)
+    o, e, new = chunk.step(system, inverse, layout.heads_first(v), state)
+    return new, (layout.tokens_first(o), e, state)
 
   pieces = system._replace(lower=None), inverses, v
   state, (o, e, entered) = jax.lax.scan(walk, state, pieces)
@@ -101,7 +101,7 @@ def _backward(options, residuals, cotangents):
     return _system(q, k, p, gates, seg, options), v, state
 
   (system, _, _), pullback = jax.vjp(make, inputs)
-  do = layout.chunks(
+  do = layout.pieces(
     jnp.pad(do, ((0, 0), (0, -do.shape[1] % size), (0, 0), (0, 0))),
     size,
     groups,
@@ -111,9 +111,9 @@ def _backward(options, residuals, cotangents):
   def walk(dstate, piece):
     system, inverse, e, entered, do = piece
     dsystem, dv, dstate = chunk.step_vjp(
-      system, inverse, e, entered, do, dstate
+      system, inverse, e, entered, layout.heads_first(do), dstate
     )
-    return dstate, (dsystem, dv)
+    return dstate, (dsystem, layout.tokens_first(dv))
 
   pieces = system._replace(lower=None), inverses, e, entered, do
   dstate, (dsystem, dv) = jax.lax.scan(walk, dstate, pieces, reverse=True)
