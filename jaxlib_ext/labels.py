@@ -19,7 +19,12 @@ LABELS = ("matrix", "embedding", "head", "vector")
 
 # Searched in order in the leaf's name ("layers/attn_norm/scale"), after the
 # rank: anything of fewer than two dimensions is a "vector", whatever its name.
+# The gates of linear attention are a rate or bias per head ("a_log",
+# "dt_bias") and its depthwise convolutions ("q_conv1d") a few taps for each
+# channel: stacked by layer they have two and three dimensions, but no
+# direction of theirs is a singular one.
 DEFAULT_RULES = (
+  (r"_log$|(^|[/_.])(d_skip$|conv1d([/.]|$))", "vector"),
   (r"(^|[/_.])(norm|layernorm|rmsnorm|ln|scale|bias|gain|gamma|beta)"
    r"(_?\w{0,2})([/.]|$)", "vector"),
   (r"(^|/)(lm_head|head|unembed(ding)?|logits|output_head)(/|$)", "head"),
@@ -45,9 +50,9 @@ def label_params(
     params: pytree of arrays, abstract values or `QTensor`s (one label each).
     rules: `(regular expression, label)` pairs searched in the leaf's name
       (`"layers/attn/q"`) before the default ones, which label leaves of rank
-      0 and 1 and names that speak of norms, gains and biases "vector", names
-      of an output head "head", names of an embedding "embedding" and
-      everything else "matrix".
+      0 and 1 and names that speak of norms, gains, biases, log rates and
+      depthwise convolutions "vector", names of an output head "head", names
+      of an embedding "embedding" and everything else "matrix".
 
   Returns:
     A pytree like `params` with one label per parameter.

@@ -1,1 +1,27 @@
 """Pallas kernels for linear and sparse attention, on TPU and GPU."""
+
+from kernels_pallas.linear.api import MomentumState as MomentumState
+from kernels_pallas.linear.api import gated_delta_rule as gated_delta_rule
+from kernels_pallas.linear.api import kda as kda
+from kernels_pallas.linear.api import linear_attention as linear_attention
+from kernels_pallas.linear.api import (
+  momentum_delta_rule as momentum_delta_rule,
+)
+from kernels_pallas.linear.relatives import delta_product as delta_product
+from kernels_pallas.linear.relatives import (
+  delta_product_step as delta_product_step,
+)
+from kernels_pallas.linear.relatives import gdn2 as gdn2
+from kernels_pallas.linear.relatives import gdn2_step as gdn2_step
+from kernels_pallas.linear.relatives import rwkv7 as rwkv7
+from kernels_pallas.linear.relatives import rwkv7_step as rwkv7_step
+from kernels_pallas.linear.steps import (
+  gated_delta_rule_step as gated_delta_rule_step,
+)
+from kernels_pallas.linear.steps import kda_step as kda_step
+from kernels_pallas.linear.steps import (
+  linear_attention_step as linear_attention_step,
+)
+from kernels_pallas.linear.steps import (
+  momentum_delta_rule_step as momentum_delta_rule_step,
+)

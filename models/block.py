@@ -37,11 +37,16 @@ def logits(x: jax.Array, params: Any, cfg: Config) -> jax.Array:
   return layers.dot(x, w, x.ndim - 1, 0)
 
 
+def norm(x: jax.Array, p: Any, cfg: Config) -> jax.Array:
+  """What a layer's mixer reads of the residual stream, [B, T, D]."""
+  return layers.rms_norm(x, p["attn_norm"], cfg.norm_eps)
+
+
 def project(
   x: jax.Array, p: Any, cfg: Config, cos: jax.Array, sin: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Normed and rotated q [B, T, H, K], k and v [B, T, G, K] of one layer."""
-  y = layers.rms_norm(x, p["attn_norm"], cfg.norm_eps)
+  y = norm(x, p, cfg)
   shape = (*x.shape[:2], -1, cfg.key_size)
   q, k, v = (
     layers.matmul(y, layers.weight(p[n], x.dtype)).reshape(shape) for n in "qkv"

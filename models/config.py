@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+# What a layer may mix its tokens by; `models.mixers` has all but "full".
+MIXERS = ("full", "mdn", "gdn", "kda", "gla", "linear", "mamba2")
 
 _POSITIVE = (
   "vocab_size",
@@ -12,6 +15,7 @@ _POSITIVE = (
   "num_layers",
   "num_heads",
   "d_ff",
+  "conv_width",
 )
 _CHOICES = {
   "remat": ("none", "full", "dots"),
@@ -20,11 +24,29 @@ _CHOICES = {
 }
 
 
+class LinearSizes(NamedTuple):
+  """Sizes of the linear mixers, with the defaults filled in.
+
+  Attributes:
+    heads: H, value heads.
+    key_heads: G, query and key heads.
+    key: K, size of a query or key.
+    value: V, size of a value.
+  """
+
+  heads: int
+  key_heads: int
+  key: int
+  value: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
   """A LLaMA: RMSNorm, rotary positions, grouped heads, SwiGLU, no biases.
 
-  Every field is an int, float, str or bool, so a config is also JSON.
+  Its attention may give way to linear attention in any pattern of layers.
+  Every field is an int, float, str, bool or a tuple of str, so a config is
+  also JSON.
 
   Attributes:
     vocab_size: V, the number of token ids.
@@ -47,6 +69,20 @@ class Config:
     z_loss: weight of the mean squared log-partition added to the loss.
     init_std: standard deviation of the initial matrices; those that write to
       the residual stream get `init_std / sqrt(2 L)`.
+    mixers: how the layers mix tokens, repeated in order until L: `("full",)`
+      is softmax attention everywhere, `("gdn", "gdn", "gdn", "full")` a 3:1
+      hybrid; "gdn,gdn,gdn,full" is read as that tuple. See `models.mixers`.
+    linear_heads: value heads of the linear mixers; 0 means H.
+    linear_key_heads: query and key heads of the linear mixers, a divisor of
+      their value heads; 0 means as many.
+    linear_key_dim: size of a query or key of the linear mixers (the state
+      size of Mamba-2); 0 means K.
+    linear_value_dim: size of a value of the linear mixers (the head size of
+      Mamba-2); 0 means `linear_key_dim`.
+    conv_width: taps of the linear mixers' short convolutions.
+    min_log_mu: lower bound of the log momentum of "mdn"; 0 is none. The
+      released models have one because their kernels need it; ours do not.
+    tau_factor: of "mdn", whose eta is `1 + tanh(e / sqrt(D / tau_factor))`.
   """
 
   vocab_size: int = 256
@@ -65,8 +101,17 @@ class Config:
   param_dtype: Literal["float32", "bfloat16"] = "float32"
   z_loss: float = 0.0
   init_std: float = 0.02
+  mixers: tuple[str, ...] = ("full",)
+  linear_heads: int = 0
+  linear_key_heads: int = 0
+  linear_key_dim: int = 0
+  linear_value_dim: int = 0
+  conv_width: int = 4
+  min_log_mu: float = 0.0
+  tau_factor: float = 1.0
 
   def __post_init__(self):
+    object.__setattr__(self, "mixers", _names(self.mixers))
     for field in dataclasses.fields(self):
       _check_type(field.name, getattr(self, field.name), field.default)
     for name in _POSITIVE:
@@ -74,7 +119,7 @@ class Config:
     for name, allowed in _CHOICES.items():
       value = getattr(self, name)
       _check(name, value in allowed, value, f"one of {allowed}")
-    for name in ("rope_theta", "norm_eps", "init_std"):
+    for name in ("rope_theta", "norm_eps", "init_std", "tau_factor"):
       value = getattr(self, name)
       _check(name, value > 0 and math.isfinite(value), value, "above 0")
     _check(
@@ -83,6 +128,10 @@ class Config:
       self.z_loss,
       "at least 0",
     )
+    self._check_heads()
+    self._check_mixers()
+
+  def _check_heads(self) -> None:
     heads, groups = self.num_heads, self.num_kv_heads
     _check(
       "num_kv_heads",
@@ -96,13 +145,35 @@ class Config:
       self.head_dim,
       "0 or an even number",
     )
-    if self.head_dim == 0:
+    if self.head_dim == 0 and (
+      "full" in self.mixers or not self.linear_key_dim
+    ):
       _check(
         "d_model",
         self.d_model % (2 * heads) == 0,
         self.d_model,
         f"a multiple of 2 * num_heads = {2 * heads} where head_dim is 0",
       )
+
+  def _check_mixers(self) -> None:
+    _check("mixers", len(self.mixers) > 0, self.mixers, "at least one name")
+    for name in self.mixers:
+      _check("mixers", name in MIXERS, name, f"names among {MIXERS}")
+    for name in ("linear_heads", "linear_key_dim", "linear_value_dim"):
+      _check(name, getattr(self, name) >= 0, getattr(self, name), "0 or more")
+    heads, groups = self.linear_sizes.heads, self.linear_key_heads
+    _check(
+      "linear_key_heads",
+      groups >= 0 and (groups == 0 or heads % groups == 0),
+      groups,
+      f"0 or a divisor of the {heads} value heads of the linear mixers",
+    )
+    _check(
+      "min_log_mu",
+      -math.inf < self.min_log_mu <= 0,
+      self.min_log_mu,
+      "a bound below 0, or 0 for none",
+    )
 
   @property
   def kv_heads(self) -> int:
@@ -113,6 +184,35 @@ class Config:
   def key_size(self) -> int:
     """K, with the default filled in."""
     return self.head_dim or self.d_model // self.num_heads
+
+  @property
+  def linear_sizes(self) -> LinearSizes:
+    """Sizes of the linear mixers, with the defaults filled in."""
+    heads = self.linear_heads or self.num_heads
+    key = self.linear_key_dim or self.key_size
+    return LinearSizes(
+      heads=heads,
+      key_heads=self.linear_key_heads or heads,
+      key=key,
+      value=self.linear_value_dim or key,
+    )
+
+  @property
+  def pattern(self) -> tuple[str, ...]:
+    """The mixers of one period, of a single name where all layers agree."""
+    used = self.mixers[: self.num_layers]
+    return used[:1] if len(set(used)) == 1 else used
+
+  def layers_at(self, position: int) -> int:
+    """How many of the L layers stand at a position of the pattern."""
+    return len(range(position, self.num_layers, len(self.pattern)))
+
+
+def _names(mixers: Any) -> Any:
+  """The pattern as a tuple, from what JSON or a command line make of one."""
+  if isinstance(mixers, str):
+    return tuple(name.strip() for name in mixers.split(",") if name.strip())
+  return tuple(mixers) if isinstance(mixers, list) else mixers
 
 
 def _check(name: str, ok: bool, got: Any, allowed: str) -> None:

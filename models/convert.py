@@ -64,6 +64,7 @@ def load_hf(
   folder = path if os.path.isdir(path) else os.path.dirname(path)
   with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
     cfg = _from_hf_config(json.load(f), overrides)
+  _check_mixers(cfg)
   tensors = {}
   for file in _weight_files(path):
     if not os.path.exists(file):
@@ -82,7 +83,11 @@ def save_hf(
     params: as `transformer.param_specs` describes; `QTensor` leaves are
       written dequantized, in float32.
     cfg: the model.
+
+  Raises:
+    ValueError: the model has other mixers than softmax attention.
   """
+  _check_mixers(cfg)
   directory = os.fspath(directory)
   os.makedirs(directory, exist_ok=True)
   dequantize = lambda x: x.dequantize() if hasattr(x, "dequantize") else x
@@ -98,6 +103,14 @@ def save_hf(
   with open(os.path.join(directory, "config.json"), "w", encoding="utf-8") as f:
     json.dump(_to_hf_config(cfg), f, indent=2)
     f.write("\n")
+
+
+def _check_mixers(cfg: config_lib.Config) -> None:
+  if cfg.pattern != ("full",):
+    raise ValueError(
+      f"mixers: got {cfg.mixers!r}; allowed: ('full',), for a LLaMA in the "
+      "Hugging Face layout has softmax attention in every layer"
+    )
 
 
 def _weight_files(path: str) -> list[str]:

@@ -157,3 +157,50 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
   """`silu(gate) * up` (arXiv:2002.05202), in float32, of gate's dtype."""
   y = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
   return y.astype(gate.dtype)
+
+
+def l2_norm(x: jax.Array) -> jax.Array:
+  """`x / sqrt(|x|^2 + 1e-6)` over the last axis, in float32, of x's dtype.
+
+  A row of zeros stays zero, and its gradient is finite.
+  """
+  y = x.astype(jnp.float32)
+  square = jnp.sum(jnp.square(y), axis=-1, keepdims=True)
+  return (y * jax.lax.rsqrt(square + 1e-6)).astype(x.dtype)
+
+
+def short_convolution(
+  x: jax.Array,
+  kernel: jax.Array,
+  *,
+  tail: jax.Array | None = None,
+  segments: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Causal convolution of every channel with its own kernel, then SiLU.
+
+  Args:
+    x: `[B, T, D]`.
+    kernel: `[W, D]`, its last row for the token itself.
+    tail: `[B, W - 1, D]`, the tokens before x; None is zeros.
+    segments: int32 `[B, T]`, a number for each contiguous segment; no token
+      sees another segment.
+
+  Returns:
+    `[B, T, D]` in x's dtype (sums are float32), and the tail for the tokens
+    after x.
+  """
+  batch, length, size = x.shape
+  width = kernel.shape[0]
+  if tail is None:
+    tail = jnp.zeros((batch, width - 1, size), x.dtype)
+  padded = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
+  total = 0.0
+  for i, row in enumerate(kernel.astype(jnp.float32)):
+    back = width - 1 - i
+    tap = padded[:, i : i + length].astype(jnp.float32) * row
+    if segments is not None and back:
+      before = ((0, 0), (back, 0))
+      source = jnp.pad(segments, before, constant_values=-1)[:, :length]
+      tap = jnp.where((segments == source)[..., None], tap, 0.0)
+    total = total + tap
+  return jax.nn.silu(total).astype(x.dtype), padded[:, length:]

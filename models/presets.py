@@ -20,6 +20,15 @@ _LLAMA = {
 }
 
 
+# (d_model, heads, key size, value size, min_log_mu, tau_factor): the shapes of
+# the released Momentum DeltaNets (arXiv:2605.05838), 21 layers, GPT-2's
+# vocabulary, untied.
+_MDN = {
+  "400M": (1024, 6, 128, 256, -2.0, 1.0),
+  "1.3B": (2048, 6, 256, 512, -1.0, 8.0),
+}
+
+
 def llama(size: str, **overrides: Any) -> config_lib.Config:
   """The LLaMA of a named size.
 
@@ -33,10 +42,7 @@ def llama(size: str, **overrides: Any) -> config_lib.Config:
   Raises:
     ValueError: an unknown size, or a bad field value.
   """
-  if size not in _LLAMA:
-    near = difflib.get_close_matches(str(size).upper(), _LLAMA, cutoff=0.3)
-    hint = f"; nearest: {near}" if near else ""
-    raise ValueError(f"size: got {size!r}; allowed: {list(_LLAMA)}{hint}")
+  _check(size, _LLAMA)
   d_model, d_ff, num_layers, num_heads = _LLAMA[size]
   shape = {
     "vocab_size": 32000,
@@ -46,3 +52,43 @@ def llama(size: str, **overrides: Any) -> config_lib.Config:
     "num_heads": num_heads,
   }
   return config_lib.Config(**{**shape, **overrides})
+
+
+def mdn(size: str, **overrides: Any) -> config_lib.Config:
+  """The Momentum DeltaNet of a named size.
+
+  Args:
+    size: "400M" or "1.3B".
+    **overrides: fields of `Config`; `mixers=("gdn",)` is a Gated DeltaNet of
+      the same shape.
+
+  Returns:
+    The config.
+
+  Raises:
+    ValueError: an unknown size, or a bad field value.
+  """
+  _check(size, _MDN)
+  d_model, heads, key, value, min_log_mu, tau_factor = _MDN[size]
+  # Two thirds of four times the width, up to a multiple of 256.
+  d_ff = -(-(8 * d_model // 3) // 256) * 256
+  shape = {
+    "vocab_size": 50257,
+    "d_model": d_model,
+    "d_ff": d_ff,
+    "num_layers": 21,
+    "num_heads": heads,
+    "head_dim": key,
+    "mixers": ("mdn",),
+    "linear_value_dim": value,
+    "min_log_mu": min_log_mu,
+    "tau_factor": tau_factor,
+  }
+  return config_lib.Config(**{**shape, **overrides})
+
+
+def _check(size: str, sizes: dict[str, Any]) -> None:
+  if size not in sizes:
+    near = difflib.get_close_matches(str(size).upper(), sizes, cutoff=0.3)
+    hint = f"; nearest: {near}" if near else ""
+    raise ValueError(f"size: got {size!r}; allowed: {list(sizes)}{hint}")

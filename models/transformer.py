@@ -1,7 +1,8 @@
-"""A LLaMA as pure functions of a nested dict of arrays.
+"""A decoder-only transformer as pure functions of a nested dict of arrays.
 
-Dimensions: B batch, T length, V vocabulary, L layers, D width, H query heads,
-G key/value heads, K head size, F feed-forward width.
+A LLaMA, or one whose attention some or all layers replace by linear attention
+(`Config.mixers`). Dimensions: B batch, T length, V vocabulary, L layers, D
+width, H query heads, G key/value heads, K head size, F feed-forward width.
 """
 
 from __future__ import annotations
@@ -12,11 +13,21 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_ext import specs
-from models import attention, block, decode, layers, losses, presets
+from models import (
+  attention,
+  block,
+  decode,
+  layers,
+  losses,
+  mixers,
+  presets,
+  stack,
+)
 from models import config as config_lib
 
 Config = config_lib.Config
 llama = presets.llama
+mdn = presets.mdn
 init_cache = decode.init_cache
 decode_step = decode.decode_step
 Params = Any
@@ -38,41 +49,75 @@ class Output(NamedTuple):
 def param_specs(cfg: Config) -> dict[str, Any]:
   """The parameters: a nested dict of `ParamSpec`, layers stacked in front.
 
-  Matrices are (in, out). With tied embeddings there is no "head".
+  Matrices are (in, out). With tied embeddings there is no "head". Layers of
+  one mixer are one stack, those of a pattern a stack "0", "1", ... for each
+  of its positions (`models.stack`).
   """
-  n, d, f = cfg.num_layers, cfg.d_model, cfg.d_ff
-  q, kv = cfg.num_heads * cfg.key_size, cfg.kv_heads * cfg.key_size
   dtype = jnp.dtype(cfg.param_dtype)
   normal = jax.nn.initializers.normal(cfg.init_std)
-  residual = jax.nn.initializers.normal(cfg.init_std * (2 * n) ** -0.5)
-  ones = jax.nn.initializers.ones
+  gain = specs.ParamSpec(
+    (cfg.d_model,), (None,), jax.nn.initializers.ones, dtype
+  )
 
-  def matrix(d_in, d_out, axes, init=normal):
-    return specs.ParamSpec((n, d_in, d_out), ("layers", *axes), init, dtype)
+  def stacked(position, mixer):
+    if mixer == "full":
+      own = _attention_specs(cfg)
+    else:
+      own = mixers.param_specs(mixer, cfg)
+    layer = {
+      "attn_norm": gain,
+      **own,
+      "mlp_norm": gain,
+      **_feed_forward_specs(cfg),
+    }
+    n = cfg.layers_at(position)
+    return {
+      name: specs.ParamSpec(
+        (n, *spec.shape), ("layers", *spec.axes), spec.init, spec.dtype
+      )
+      for name, spec in layer.items()
+    }
 
-  gain = specs.ParamSpec((n, d), ("layers", None), ones, dtype)
   tree = {
     "embed": specs.ParamSpec(
-      (cfg.vocab_size, d), ("vocab", "embed"), normal, dtype
+      (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), normal, dtype
     ),
-    "layers": {
-      "attn_norm": gain,
-      "q": matrix(d, q, ("embed", "heads")),
-      "k": matrix(d, kv, ("embed", "kv_heads")),
-      "v": matrix(d, kv, ("embed", "kv_heads")),
-      "o": matrix(q, d, ("heads", "embed"), residual),
-      "mlp_norm": gain,
-      "gate": matrix(d, f, ("embed", "mlp")),
-      "up": matrix(d, f, ("embed", "mlp")),
-      "down": matrix(f, d, ("mlp", "embed"), residual),
-    },
-    "final_norm": specs.ParamSpec((d,), (None,), ones, dtype),
+    "layers": stack.join(
+      [stacked(*entry) for entry in enumerate(cfg.pattern)], cfg
+    ),
+    "final_norm": gain,
   }
   if not cfg.tie_embeddings:
     tree["head"] = specs.ParamSpec(
-      (d, cfg.vocab_size), ("embed", "vocab"), normal, dtype
+      (cfg.d_model, cfg.vocab_size), ("embed", "vocab"), normal, dtype
     )
   return tree
+
+
+def _matrix(cfg, d_in, d_out, axes, *, residual=False):
+  std = cfg.init_std * ((2 * cfg.num_layers) ** -0.5 if residual else 1.0)
+  init = jax.nn.initializers.normal(std)
+  return specs.ParamSpec((d_in, d_out), axes, init, jnp.dtype(cfg.param_dtype))
+
+
+def _attention_specs(cfg):
+  d = cfg.d_model
+  q, kv = cfg.num_heads * cfg.key_size, cfg.kv_heads * cfg.key_size
+  return {
+    "q": _matrix(cfg, d, q, ("embed", "heads")),
+    "k": _matrix(cfg, d, kv, ("embed", "kv_heads")),
+    "v": _matrix(cfg, d, kv, ("embed", "kv_heads")),
+    "o": _matrix(cfg, q, d, ("heads", "embed"), residual=True),
+  }
+
+
+def _feed_forward_specs(cfg):
+  d, f = cfg.d_model, cfg.d_ff
+  return {
+    "gate": _matrix(cfg, d, f, ("embed", "mlp")),
+    "up": _matrix(cfg, d, f, ("embed", "mlp")),
+    "down": _matrix(cfg, f, d, ("mlp", "embed"), residual=True),
+  }
 
 
 def init(key: jax.Array, cfg: Config) -> Params:
@@ -97,6 +142,8 @@ def apply(
     tokens: int `[B, T]`.
     cfg: the model.
     segment_ids: int `[B, T]`; a position attends only to its own segment.
+      Linear mixers start afresh where the id changes, so a segment that is
+      to be one must be contiguous.
     return_hidden: also return the residual stream.
     residual_sharding: how to divide the residual stream `[B, T, D]` where
       the parameters are divided; without it the compiler may divide D and do
@@ -158,33 +205,47 @@ def _trunk(params, tokens, cfg, segment_ids, return_hidden, residual_sharding):
     divide = lambda x: jax.lax.with_sharding_constraint(x, residual_sharding)
   with jax.named_scope("embed"):
     x = divide(block.embed(params, tokens, cfg))
-  length = tokens.shape[1]
-  cos, sin = layers.rope_table(jnp.arange(length), cfg.key_size, cfg.rope_theta)
+  rotation = None
+  if "full" in cfg.pattern:
+    positions = jnp.arange(tokens.shape[1])
+    rotation = layers.rope_table(positions, cfg.key_size, cfg.rope_theta)
+  number = None if segment_ids is None else _number_segments(segment_ids)
 
-  def body(x, layer):
-    x = _layer(x, layer, cfg, cos, sin, segment_ids, divide)
+  def body(mixer, x, layer):
+    with jax.named_scope("attention" if mixer == "full" else mixer):
+      if mixer == "full":
+        q, k, v = block.project(x, layer, cfg, *rotation)
+        y = attention.causal_attention(q, k, v, segment_ids=segment_ids)
+        y = block.merge_heads(y, layer)
+      else:
+        y = block.norm(x, layer, cfg)
+        y, _ = mixers.apply(mixer, y, layer, cfg, segments=number)
+      x = divide(x + y)
+    with jax.named_scope("mlp"):
+      x = divide(x + block.feed_forward(x, layer, cfg))
     return x, (x if return_hidden else None)
 
-  body = _remat(body, cfg)
   first = x
-  if cfg.scan_layers:
-    x, states = jax.lax.scan(body, x, params["layers"])
-  else:
-    states = []
-    for i in range(cfg.num_layers):
-      x, state = body(x, _slice(params["layers"], i))
-      states.append(state)
-    states = jnp.stack(states) if return_hidden else None
+  x, states = stack.walk(
+    _remat(body, cfg),
+    x,
+    stack.split(params["layers"], cfg),
+    cfg,
+    scan=cfg.scan_layers,
+  )
   hidden = None
   if return_hidden:
+    states = stack.interleave(states, cfg)
     hidden = jnp.concatenate([first[None], states])
   with jax.named_scope("final_norm"):
     x = layers.rms_norm(x, params["final_norm"], cfg.norm_eps)
   return x, hidden
 
 
-def _slice(tree, i):
-  return jax.tree.map(lambda leaf: leaf[i], tree)
+def _number_segments(ids):
+  """0, 1, ... for the contiguous segments of each row: int32 `[B, T]`."""
+  change = (ids[:, 1:] != ids[:, :-1]).astype(jnp.int32)
+  return jnp.pad(jnp.cumsum(change, axis=1), ((0, 0), (1, 0)))
 
 
 def _remat(body, cfg):
@@ -194,16 +255,8 @@ def _remat(body, cfg):
   if cfg.remat == "dots":
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
   # Inside scan the loop already keeps the recomputation from being merged
-  # with the forward pass.
-  return jax.checkpoint(body, policy=policy, prevent_cse=not cfg.scan_layers)
-
-
-def _layer(x, p, cfg, cos, sin, segment_ids, divide):
-  """One block: [B, T, D] to [B, T, D]."""
-  with jax.named_scope("attention"):
-    q, k, v = block.project(x, p, cfg, cos, sin)
-    y = attention.causal_attention(q, k, v, segment_ids=segment_ids)
-    x = divide(x + block.merge_heads(y, p))
-  with jax.named_scope("mlp"):
-    x = divide(x + block.feed_forward(x, p, cfg))
-  return x
+  # with the forward pass; the layers after the last whole period are outside.
+  whole = cfg.scan_layers and cfg.num_layers % len(cfg.pattern) == 0
+  return jax.checkpoint(
+    body, policy=policy, prevent_cse=not whole, static_argnums=(0,)
+  )

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Columns = tuple[jax.Array, ...]
 
@@ -128,6 +129,12 @@ def _at_least_float32(a, b):
 def iota(size: int, axis: int) -> jax.Array:
   """Row (axis 0) or column (axis 1) indices of a square matrix."""
   return jax.lax.broadcasted_iota(jnp.int32, (size, size), axis)
+
+
+def block(index: jax.Array, width: int) -> jax.Array:
+  """Which block of `width` tokens each int32 index, 0 or more, lies in."""
+  # Not `//`, whose floor asks a Mosaic compilation for the local chip.
+  return jax.lax.div(index, np.int32(width))
 
 
 def flip(x: jax.Array) -> jax.Array:

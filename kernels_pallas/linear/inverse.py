@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from kernels_pallas.linear import chunk
 
 BLOCK = 16
 
@@ -45,9 +46,7 @@ def unit_lower_inverse(
 
 def _together(row, column, block):
   """Which pairs lie in one diagonal block."""
-  # lax.div: the floor of `//` asks a Mosaic compilation for its chip.
-  width = np.int32(block)
-  return jax.lax.div(row, width) == jax.lax.div(column, width)
+  return chunk.block(row, block) == chunk.block(column, block)
 
 
 def _substitute(lower, row, column, block, precision):
@@ -56,11 +55,12 @@ def _substitute(lower, row, column, block, precision):
   dtype = lower.dtype
   count = size // block
   batch = lower.shape[:-2]
-  same = row // block == column // block
+  same = _together(row, column, block)
   # Each row's own diagonal block, [.., C, block], by a product with zeros and
   # ones, which is exact: a TPU slices lanes badly.
+  place = jax.lax.broadcasted_iota(jnp.int32, (size, block), 0)
   fold = (
-    jax.lax.broadcasted_iota(jnp.int32, (size, block), 0) % block
+    place - block * chunk.block(place, block)
     == jax.lax.broadcasted_iota(jnp.int32, (size, block), 1)
   ).astype(dtype)
   own = jnp.matmul(jnp.where(same, lower, 0.0), fold, precision=precision)

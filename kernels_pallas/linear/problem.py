@@ -113,23 +113,21 @@ def _gate(
 
 
 def _states(
-  initial_state: Any,
-  fields: tuple[str, ...],
-  wanted: tuple[int, ...],
+  name: str, state: Any, fields: tuple[str, ...], wanted: tuple[int, ...]
 ) -> tuple[jax.Array, ...] | None:
-  """The initial state's arrays, checked; `fields` are those of a pair."""
-  if initial_state is None:
+  """The state's arrays, checked; `fields` are those of a tuple, or none."""
+  if state is None:
     return None
   if not fields:
-    return (shaped("initial_state", initial_state, wanted, "B, H, K, V"),)
-  if not isinstance(initial_state, tuple) or len(initial_state) != len(fields):
-    raise ValueError(
-      f"initial_state must be a tuple ({', '.join(fields)}), got "
-      f"{type(initial_state).__name__}"
+    return (shaped(name, state, wanted, "B, H, K, V"),)
+  if not isinstance(state, tuple) or len(state) != len(fields):
+    raise TypeError(
+      f"{name} must be a tuple ({', '.join(fields)}), got "
+      f"{type(state).__name__}"
     )
   return tuple(
-    shaped(f"initial_state.{field}", x, wanted, "B, H, K, V")
-    for field, x in zip(fields, initial_state, strict=True)
+    shaped(f"{name}.{field}", x, wanted, "B, H, K, V")
+    for field, x in zip(fields, state, strict=True)
   )
 
 
@@ -140,11 +138,12 @@ def make_inputs(
   v: Any,
   gates: dict[str, Any],
   *,
-  initial_state: Any,
+  state: Any,
   segment_ids: Any,
   required: tuple[str, ...] = (),
   channels: str = "never",
   fields: tuple[str, ...] = (),
+  state_name: str = "initial_state",
 ) -> Inputs:
   """Checks and completes the public functions' arguments.
 
@@ -154,12 +153,14 @@ def make_inputs(
     p: erase keys or None.
     v: values.
     gates: the member's gates by name; those it lacks are absent.
-    initial_state: an array, a tuple where `fields` are given, or None.
+    state: the initial state: an array, a tuple where `fields` are given, or
+      None.
     segment_ids: int `[B, T]` or None.
     required: the gates that may not be None.
     channels: whether `log_decay` is `[B, T, H, K]`: "never", "allowed" or
       "always".
     fields: the names of a second-order member's states.
+    state_name: what the caller calls the state.
 
   Returns:
     The `Inputs`.
@@ -183,7 +184,7 @@ def make_inputs(
     for name, x in gates.items()
   }
   wanted = (b, h, size, value_size)
-  states = _states(initial_state, fields, wanted)
+  states = _states(state_name, state, fields, wanted)
   if segment_ids is not None:
     segment_ids = ordinals(segment_ids, b, t)
 
@@ -254,13 +255,49 @@ def check_scale(scale: Any, key_size: int) -> float:
   return float(scale)
 
 
-def check_chunk_size(chunk_size: Any) -> int:
-  """`chunk_size`, ValueError unless it is one of `CHUNK_SIZES`."""
+def check_chunk_size(chunk_size: Any, length: int) -> int:
+  """`chunk_size`, or the best for the platform and T = `length` for None.
+
+  The work of a chunk grows with C where that between chunks shrinks with it.
+  CPU cores do no product of 64 rows faster than one of 32; the sides of an
+  accelerator's matrix units, and a serial walk over chunks, want more.
+
+  Raises:
+    ValueError: unless it is None or one of `CHUNK_SIZES`.
+  """
+  if chunk_size is None:
+    best = 32 if jax.default_backend() == "cpu" else 64
+    return next(x for x in CHUNK_SIZES if x >= min(best, length))
   if isinstance(chunk_size, bool) or chunk_size not in CHUNK_SIZES:
     raise ValueError(
-      f"chunk_size must be one of {list(CHUNK_SIZES)}, got {chunk_size!r}"
+      f"chunk_size must be None or one of {list(CHUNK_SIZES)}, got "
+      f"{chunk_size!r}"
     )
   return int(chunk_size)
+
+
+def check_num_splits(num_splits: Any, length: int) -> int:
+  """`num_splits`, ValueError unless it is an int from 1 to T = `length`."""
+  if (
+    isinstance(num_splits, bool)
+    or not isinstance(num_splits, int | np.integer)
+    or not 1 <= num_splits <= length
+  ):
+    raise ValueError(
+      f"num_splits must be an int from 1 to T = {length}, got {num_splits!r}"
+    )
+  return int(num_splits)
+
+
+def check_axis(context_axis: Any) -> None:
+  """ValueError unless it names a mesh axis of the enclosing `shard_map`."""
+  try:
+    jax.lax.axis_size(context_axis)
+  except (NameError, TypeError, ValueError) as e:
+    raise ValueError(
+      "context_axis must name a mesh axis of an enclosing jax.shard_map, got "
+      f"{context_axis!r}"
+    ) from e
 
 
 def ordinals(segment_ids: Any, b: int, t: int) -> jax.Array:
@@ -287,10 +324,10 @@ def ordinals(segment_ids: Any, b: int, t: int) -> jax.Array:
       f"segment_ids must have the shape [B, T] = {[b, t]}, got "
       f"{list(ids.shape)}"
     )
-  if not isinstance(ids, jax.core.Tracer):
-    with jax.ensure_compile_time_eval():
-      decreasing = bool(jnp.any(ids[:, 1:] < ids[:, :-1]))
-    if decreasing:
+  known = not isinstance(segment_ids, jax.core.Tracer)
+  if known and getattr(segment_ids, "is_fully_addressable", True):
+    values = np.asarray(segment_ids)
+    if np.any(values[:, 1:] < values[:, :-1]):
       raise ValueError(
         "segment_ids must not decrease along T, got a row that does"
       )

@@ -96,8 +96,10 @@ def _scores(rows, k, g, masks, free, whole):
   while half < size:
     width = size if whole else min(size, max(_MIN_WIDTH, 2 * half))
     token, source = chunk.iota(width, 0), chunk.iota(width, 1)
-    late = token // half % 2 == 1
-    same_half = token // half == source // half
+    half_of = lambda x, half=half: chunk.block(x, half)
+    whole_of = lambda x, half=half: chunk.block(x, 2 * half)
+    late = half_of(token) > 2 * whole_of(token)
+    same_half = half_of(token) == half_of(source)
     # An early token decays from itself to the border, a late one from the
     # border to itself; the free erase key of a token meets the state before
     # that token's own decay.
@@ -110,8 +112,8 @@ def _scores(rows, k, g, masks, free, whole):
       factors[False] = _factor(
         early | late & same_half & (source < token), g, width
       )
-    pair = (token // (2 * half) == source // (2 * half)) & (
-      token // half > source // half
+    pair = (whole_of(token) == whole_of(source)) & (
+      half_of(token) > half_of(source)
     )
     columns = _blocks(k, width) * factors[True]
     for name, x in rows.items():
@@ -140,5 +142,7 @@ def _diagonal(x, size):
     return x
   count = size // width
   x = x.reshape(*x.shape[:-3], size, width)
-  inside = chunk.iota(size, 0) // width == chunk.iota(size, 1) // width
+  inside = chunk.block(chunk.iota(size, 0), width) == chunk.block(
+    chunk.iota(size, 1), width
+  )
   return jnp.where(inside, jnp.concatenate([x] * count, axis=-1), 0.0)

@@ -1,0 +1,1 @@
+"""Linear attention: Momentum DeltaNet and its family."""
