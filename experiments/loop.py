@@ -191,17 +191,19 @@ class Run:
         signalled = interrupt.seen()
         last = step == training.steps
         evaluate = last or _due(step, training.eval_every)
-        record = {}
-        if evaluate or _due(step, training.log_every):
-          record |= meter.measure(step, metrics)
+        log = evaluate or _due(step, training.log_every)
+        save = last or signalled or _due(step, training.checkpoint_every)
+        if not (log or save):
+          continue
+        # Before a save too: a loss that is not finite must not be kept.
+        record = meter.measure(step, metrics)
         if evaluate:
           record |= self._evaluation(state.params)
-        if record:
+        if log:
           meter.write(step, record)
-        if last or signalled or _due(step, training.checkpoint_every):
+        if save:
           self.checkpoints.save(step, state)
-        if record or last or signalled:
-          meter.restart(step)
+        meter.restart(step)
     self.checkpoints.close()
     if step < training.steps:
       self._say(

@@ -143,3 +143,17 @@ def test_an_evaluation_between_two_logged_steps_is_a_whole_record(
   metrics = records.read(tmp_path / "metrics.jsonl")
   assert [m["step"] for m in metrics] == [4, 5, 8, 10, 12]
   assert all("loss" in m and "seconds" in m for m in metrics)
+
+
+def test_a_loss_that_is_not_finite_is_not_saved(tmp_path, corpus):
+  """Though the step is neither logged nor evaluated."""
+  settings = runs.settings(
+    corpus,
+    "optimizer.name=sgd",
+    "optimizer.learning_rate=1e38",
+    "training.warmup_steps=0",
+    "training.log_every=6",
+  )
+  with pytest.raises(errors.UserError, match="loss is nan at step 4"):
+    runs.run(tmp_path / "run", settings)
+  assert not any((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
