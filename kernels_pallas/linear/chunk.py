@@ -22,6 +22,7 @@ token costs no digit of a weak one in the next.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -315,6 +316,14 @@ def _row_sum(x: jax.Array) -> jax.Array:
   return jnp.sum(x, axis=-1, keepdims=True)
 
 
+def row_sum_by_product(x: jax.Array) -> jax.Array:
+  """Row sums as a product with ones, several times a reduction on CPU.
+
+  XLA makes it a reduction again on a TPU or GPU.
+  """
+  return dot(x, jnp.ones((x.shape[-1], 1), x.dtype))
+
+
 def _like(x: jax.Array, target: jax.Array) -> jax.Array:
   """Sums the axes along which `target` was broadcast."""
   axes = tuple(
@@ -334,6 +343,7 @@ def step_vjp(
   dstate: Columns,
   *,
   precision: jax.lax.PrecisionLike = "highest",
+  row_sum: Callable[[jax.Array], jax.Array] = _row_sum,
 ) -> tuple[System, jax.Array, Columns]:
   """The transpose of `step`.
 
@@ -345,6 +355,7 @@ def step_vjp(
     do: `[..., C, V]`, the cotangent of o.
     dstate: the cotangent of the state that left.
     precision: of the products.
+    row_sum: sums the rows of `[..., C, K]`.
 
   Returns:
     The cotangents of the system (of L, not of its inverse), of v, and of the
@@ -359,7 +370,7 @@ def step_vjp(
     de = de + scale * dots(system.k, dx)
     from_e = dots(e, dx, tb=True)
     dk = dk + scale * from_e
-    dk_scale.append(_row_sum(system.k * from_e))
+    dk_scale.append(row_sum(system.k * from_e))
   z = dots(inverse, de, ta=True) if delta else de
   # The cotangent of a row scale is a row sum of V products, do o (Q X); the
   # same number is one of K products, Q o (do X^T), which dq needs anyway.
@@ -367,12 +378,12 @@ def step_vjp(
   for i, x in enumerate(state):
     from_o = dots(do, x, tb=True)
     dq = dq + system.q_scale[i] * from_o
-    dq_scale.append(_row_sum(system.q * from_o))
+    dq_scale.append(row_sum(system.q * from_o))
     dx = dots(system.q, system.q_scale[i] * do, ta=True)
     if delta:
       from_z = dots(z, x, tb=True)
       dp = dp - system.p_scale[i] * from_z
-      dp_scale.append(-_row_sum(erase * from_z))
+      dp_scale.append(-row_sum(erase * from_z))
       dx = dx - dots(erase, system.p_scale[i] * z, ta=True)
     for row, dy in zip(system.decay, dstate, strict=True):
       if row[i] is not None:

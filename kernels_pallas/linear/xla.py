@@ -111,7 +111,13 @@ def _backward(options, residuals, cotangents):
   def walk(dstate, piece):
     system, inverse, e, entered, do = piece
     dsystem, dv, dstate = chunk.step_vjp(
-      system, inverse, e, entered, layout.heads_first(do), dstate
+      system,
+      inverse,
+      e,
+      entered,
+      layout.heads_first(do),
+      dstate,
+      row_sum=chunk.row_sum_by_product,
     )
     return dstate, (dsystem, layout.tokens_first(dv))
 
