@@ -21,7 +21,7 @@ class Model:
   """The model: a preset's fields, then these.
 
   Attributes:
-    preset: of `models.transformer.llama`; "" starts from `Config()`.
+    preset: of `models.transformer.preset`; "" starts from `Config()`.
     fields: any fields of `models.transformer.Config`. Where they do not give
       `vocab_size`, it is the tokenizer's, whatever the preset says.
   """
@@ -33,7 +33,7 @@ class Model:
     """The model's config, for a tokenizer of `vocab_size` ids."""
     fields = {"vocab_size": vocab_size, **self.fields}
     if self.preset:
-      return transformer.llama(self.preset, **fields)
+      return transformer.preset(self.preset, **fields)
     return transformer.Config(**fields)
 
 

@@ -87,8 +87,28 @@ def mdn(size: str, **overrides: Any) -> config_lib.Config:
   return config_lib.Config(**{**shape, **overrides})
 
 
-def _check(size: str, sizes: dict[str, Any]) -> None:
-  if size not in sizes:
-    near = difflib.get_close_matches(str(size).upper(), sizes, cutoff=0.3)
+def preset(name: str, **overrides: Any) -> config_lib.Config:
+  """The model of a name: a `llama` by its size, an `mdn` as "mdn-400M".
+
+  Args:
+    name: "60M" or another of `llama`'s, "mdn-400M" or "mdn-1.3B".
+    **overrides: fields of `Config`.
+
+  Returns:
+    The config.
+
+  Raises:
+    ValueError: an unknown name, or a bad field value.
+  """
+  makers = {size: (llama, size) for size in _LLAMA}
+  makers |= {f"mdn-{size}": (mdn, size) for size in _MDN}
+  _check(name, makers, "preset")
+  make, size = makers[name]
+  return make(size, **overrides)
+
+
+def _check(got: str, allowed: dict[str, Any], field: str = "size") -> None:
+  if got not in allowed:
+    near = difflib.get_close_matches(str(got).upper(), allowed, cutoff=0.3)
     hint = f"; nearest: {near}" if near else ""
-    raise ValueError(f"size: got {size!r}; allowed: {list(sizes)}{hint}")
+    raise ValueError(f"{field}: got {got!r}; allowed: {list(allowed)}{hint}")

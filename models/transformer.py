@@ -28,6 +28,7 @@ from models import config as config_lib
 Config = config_lib.Config
 llama = presets.llama
 mdn = presets.mdn
+preset = presets.preset
 init_cache = decode.init_cache
 decode_step = decode.decode_step
 Params = Any

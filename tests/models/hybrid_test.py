@@ -204,6 +204,7 @@ class ParameterTest(parameterized.TestCase):
       (cfg.d_ff, cfg.num_layers, cfg.mixers), (d_ff, 21, ("mdn",))
     )
     self.assertEqual(specs.count(transformer.param_specs(cfg)), parameters)
+    self.assertEqual(transformer.preset(f"mdn-{size}"), cfg)
     hybrid = transformer.mdn(size, mixers="mdn,mdn,mdn,full")
     self.assertEqual([hybrid.layers_at(i) for i in range(4)], [6, 5, 5, 5])
     transformer.param_specs(hybrid)
