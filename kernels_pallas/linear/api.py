@@ -32,7 +32,7 @@ Every floating input can be differentiated, the initial state included, and
 so can both outputs.
 
 Log gates above 0 mean growth: they are allowed and not checked. Those below
-about -100 underflow to a gate of exactly 0, which is harmless.
+about -100 underflow to a gate of exactly 0, which is harmless, and -inf is 0.
 
 Raises ValueError for shapes that do not fit, empty arrays, chunk sizes, names
 and segment ids that are not allowed, TypeError for arrays that are not

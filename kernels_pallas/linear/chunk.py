@@ -10,7 +10,7 @@ A chunk of C tokens of one head acts on the state X = (X_1 .. X_M), each
 
 where "o" scales rows. A member is a way to make the `System` (L, At, the row
 scales, D) from its gates; the step, its transpose and the inverse are the
-same for all. `docs` in kernels_pallas/linear/DERIVATION.md derive both.
+same for all. DERIVATION.md, beside this file, derives both.
 
 Every function takes arrays with any leading axes, so that the XLA path runs
 all chunks at once and a Pallas kernel one chunk of one head, from the same

@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 CHUNK_SIZES = (16, 32, 64, 128, 256)
+# Sums of a chunk of such log gates are finite, and their exponentials 0.
+_LEAST_LOG = -1e30
 
 
 class Inputs(NamedTuple):
@@ -68,13 +70,14 @@ class Options:
     scale: multiplies q.
     delta: whether values are corrected by what the state predicts.
     chunk_size: tokens of a chunk.
-    interpret: whether Pallas kernels are interpreted.
+    interpret: whether Pallas kernels are interpreted, or with which
+      parameters (`pltpu.InterpretParams`).
   """
 
   scale: float
   delta: bool
   chunk_size: int
-  interpret: bool
+  interpret: bool | Any
 
 
 def floating(name: str, x: Any) -> jax.Array:
@@ -201,13 +204,17 @@ def make_inputs(
   gate = lambda name: (
     None if gates.get(name) is None else gates[name].astype(dtype)
   )
+  # A gate of exactly 0 has the log -inf, of which a masked sum would be NaN.
+  log_gate = lambda name: (
+    None if gates.get(name) is None else jnp.maximum(gate(name), _LEAST_LOG)
+  )
   return Inputs(
     q=q,
     k=k,
     p=p,
     v=v,
-    log_decay=gate("log_decay"),
-    log_momentum=gate("log_momentum"),
+    log_decay=log_gate("log_decay"),
+    log_momentum=log_gate("log_momentum"),
     beta=gate("beta"),
     eta=gate("eta"),
     state=tuple(x.astype(dtype) for x in states),

@@ -119,7 +119,7 @@ GATES = {
   "one": lambda rng, shape: np.full(shape, -1.0),
   "strong": lambda rng, shape: np.full(shape, -20.0),
   "mixed": lambda rng, shape: rng.choice(
-    [-1e-4, -1.0, -20.0, -200.0, -1e4], shape
+    [-1e-4, -1.0, -20.0, -1e4, -np.inf], shape
   ),
 }
 
