@@ -243,8 +243,13 @@ def scalar_system(
   if gates.log_momentum is not None:
     momentum, m = _decays(gates.log_momentum, masks)
     inner = gates.beta * momentum * flip(gates.eta)
-    gamma, gamma_before = dot(decay, inner), dot(before, inner)
-    b, b_before = dot(decay, gates.beta * m), dot(before, gates.beta * m)
+    gamma_before = dot(before, inner)
+    b_before = dot(before, gates.beta * m)
+    if p is None:
+      # `decay` is `before` with ones on the diagonal.
+      gamma, b = gamma_before + inner, b_before + gates.beta * m
+    else:
+      gamma, b = dot(decay, inner), dot(decay, gates.beta * m)
     q_scale, p_scale = (a, b), (a_before, b_before)
     k_scale = (flip(last(gamma)), flip(last(momentum)) * gates.eta)
     state_decay = ((last(a), last(b)), (None, last(m)))

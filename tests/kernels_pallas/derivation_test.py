@@ -312,9 +312,13 @@ def test_costs(member):
   )
   arrays = x(C, K), x(C, K), x(C, K) if free else None, gates
   scores = 4 * C * K if delta else 2 * C * K
-  gate = (2, 8)[M - 1] * C**2 + (2 * C**2 if free else 0)
-  gate += 4 * C if M == 2 else 0
-  assert products(make, *arrays) == scores + gate
+  square, linear = {
+    (1, False): (2, 0),
+    (1, True): (4, 0),
+    (2, False): (6, 2),
+    (2, True): (10, 4),
+  }[M, free]
+  assert products(make, *arrays) == scores + square * C**2 + linear * C
 
   system, state = make(*arrays), (x(K, V),) * M
   T = x(C, C) if delta else None
