@@ -10,7 +10,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_snippets_run():
-  train, quantized = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+  train, quantized, linear = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
   names = {}
   exec(train, names)
   tokens = jax.random.randint(jax.random.key(1), (2, 17), 0, 256)
@@ -23,6 +23,9 @@ def test_snippets_run():
   assert jax.tree.structure(names["shipped"]) == jax.tree.structure(
     names["params"]
   )
+  exec(linear, names)
+  assert names["o"].shape == (2, 96, 4, 64)
+  assert names["hybrid"].mixers == ("mdn", "mdn", "mdn", "full")
 
 
 def test_links_lead_somewhere():
