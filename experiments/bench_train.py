@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import os
 import pathlib
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,7 +21,12 @@ from typing import Any
 
 from absl import flags
 
-from experiments import bench_train_torch, bench_train_worker, errors
+from experiments import (
+  bench_train_torch,
+  bench_train_worker,
+  errors,
+  workers,
+)
 from jaxlib_ext import records
 
 POINTS = {
@@ -59,11 +62,7 @@ POINTS = {
 TOLERANCES = {"float32": (1e-6, 1e-5), "bfloat16": (2.0**-13, 2.0**-10)}
 
 
-class SideError(RuntimeError):
-  """A side's process ended; the message is the end of what it printed."""
-
-
-class Side:
+class Side(workers.Worker):
   """A framework in a process of its own.
 
   Args:
@@ -80,54 +79,18 @@ class Side:
     directory: pathlib.Path,
     python: str = sys.executable,
   ):
-    self.framework = framework
-    self._log = directory / f"{framework}.log"
-    with open(self._log, "w", encoding="utf-8") as log:
-      self._process = subprocess.Popen(
-        [python, "-m", "experiments.bench_train_worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-      )
-    try:
-      self._ask(
-        framework=framework,
-        point=dataclasses.asdict(point),
-        weights=str(directory / "weights.npz"),
-      )
-    except SideError:
-      self.close()
-      raise
+    super().__init__(
+      "experiments.bench_train_worker",
+      python,
+      directory / f"{framework}.log",
+      framework=framework,
+      point=dataclasses.asdict(point),
+      weights=str(directory / "weights.npz"),
+    )
 
   def __call__(self, do: str, steps: int = 0) -> Any:
-    """The reply to one request.
-
-    Raises:
-      SideError: the process ended instead.
-    """
-    return self._ask(do=do, steps=steps)
-
-  def _ask(self, **request: Any) -> Any:
-    try:
-      self._process.stdin.write(json.dumps(request) + "\n")
-      self._process.stdin.flush()
-    except BrokenPipeError:
-      pass
-    reply = self._process.stdout.readline()
-    if not reply:
-      text = self._log.read_text(encoding="utf-8", errors="replace").strip()
-      raise SideError(text.splitlines()[-1] if text else "it ended silently")
-    return json.loads(reply)
-
-  def close(self) -> None:
-    """Ends the process."""
-    for stream in (self._process.stdin, self._process.stdout):
-      try:
-        stream.close()
-      except BrokenPipeError:
-        pass
-    self._process.wait()
+    """The reply to one request; WorkerError if the process ended instead."""
+    return self.ask(do=do, steps=steps)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -180,7 +143,7 @@ def _start(
     try:
       python = torch_python or sys.executable
       sides[framework] = Side(framework, point, directory, python)
-    except SideError as e:
+    except workers.WorkerError as e:
       missing[framework] = str(e)
   return sides, missing
 
@@ -194,7 +157,7 @@ def _check(
     try:
       losses[framework] = side("losses", steps)
       wrong = disagreement(losses["ours"], losses[framework], dtype)
-    except SideError as e:
+    except workers.WorkerError as e:
       if framework == "ours":
         raise
       wrong = str(e)
@@ -227,7 +190,7 @@ def measure(
     The record: losses, seconds per step of every turn, rates and ratios.
 
   Raises:
-    SideError: our own process ended.
+    workers.WorkerError: our own process ended.
   """
   config = point.config()
   cfg = config.model.build(point.vocab_size)

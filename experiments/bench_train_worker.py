@@ -1,16 +1,8 @@
-"""One side of `experiments.bench_train`, in a process of its own.
-
-Two frameworks in one process share its memory allocator and fight over
-cores with idle but spinning threads, so each is asked from outside: one JSON
-request per line in, one reply per line out.
-"""
+"""One side of `experiments.bench_train`, in a process of its own."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +17,7 @@ from experiments import (
   host_memory,
   reports,
   trainer,
+  workers,
 )
 from jaxlib_ext import paths, sharding
 
@@ -154,19 +147,11 @@ def answer(side: Any, request: Mapping[str, Any]) -> Any:
   return getattr(side, request["do"])(request["steps"])
 
 
-def main() -> None:
-  """Serves requests until the input ends."""
-  # Compilers print; the replies have a channel of their own.
-  replies = os.fdopen(os.dup(1), "w", buffering=1)
-  os.dup2(2, 1)
-  first = json.loads(sys.stdin.readline())
-  if first["framework"] == "ours":
+def _first_session(framework: str, point: Mapping[str, Any], weights: str):
+  if framework == "ours":
     host_memory.keep_freed()
-  side = session(first["framework"], Point(**first["point"]), first["weights"])
-  replies.write(json.dumps("ready") + "\n")
-  for line in sys.stdin:
-    replies.write(json.dumps(answer(side, json.loads(line))) + "\n")
+  return session(framework, Point(**point), weights)
 
 
 if __name__ == "__main__":
-  main()
+  workers.serve(_first_session, answer)

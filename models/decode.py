@@ -58,8 +58,9 @@ def init_cache(cfg: config_lib.Config, batch: int, max_length: int) -> Cache:
     n = cfg.layers_at(position)
     if mixer == "full":
       shape = (n, batch, max_length, cfg.kv_heads, cfg.key_size)
-      zeros = jnp.zeros(shape, jnp.dtype(cfg.compute_dtype))
-      return KeysValues(zeros, zeros)
+      dtype = jnp.dtype(cfg.compute_dtype)
+      # Two buffers: one could not be donated as both.
+      return KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
     return jax.tree.map(
       lambda x: jnp.zeros((n, *x.shape), x.dtype),
       mixers.init_state(mixer, cfg, batch),

@@ -7,7 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import bench_train, bench_train_worker, configs, memory_table
+from experiments import (
+  bench_train,
+  bench_train_worker,
+  configs,
+  memory_table,
+  workers,
+)
 from models import transformer
 
 TINY = bench_train_worker.Point(
@@ -106,7 +112,7 @@ def test_our_side_trains_and_hands_over_its_weights(tmp_path):
 def test_sides_answer_from_their_own_processes(tmp_path):
   side = bench_train.Side("ours", TINY, tmp_path)
   assert len(side("losses", 2)) == 2
-  with pytest.raises(bench_train.SideError, match="no_such_method"):
+  with pytest.raises(workers.WorkerError, match="no_such_method"):
     side("no_such_method")
   side.close()
 
