@@ -20,7 +20,8 @@ arguments, returns and errors:
   context_axis: inside `jax.shard_map`, the mesh axis that divides T, in
     order: context parallelism. Arrays are the device's part; initial_state
     is the state before the first device's tokens, equal on all; the final
-    state is that after the last device's, on all.
+    state is that after the last device's, on all. Pallas implementations
+    inside a `jax.shard_map` need its `check_vma=False`.
   implementation: "reference" (token by token), "xla" (chunks, any platform),
     "pallas_tpu", "pallas_gpu"; a sequence of names is a preference order;
     None is the best for the platform.

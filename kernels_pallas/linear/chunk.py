@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Columns = tuple[jax.Array, ...]
+MaskDot = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Gates(NamedTuple):
@@ -123,6 +124,12 @@ def dot(
   )
 
 
+def mask_dot(a: jax.Array, b: jax.Array) -> jax.Array:
+  """`dot` where one of the two is a mask: bool, of zeros and ones."""
+  dtype = b.dtype if a.dtype == jnp.bool_ else a.dtype
+  return dot(a.astype(dtype), b.astype(dtype))
+
+
 def _at_least_float32(a, b):
   return jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
 
@@ -180,13 +187,18 @@ class Masks:
 
 
 def _decays(
-  log_gate: jax.Array, masks: Masks, *, exclusive: bool = False
+  log_gate: jax.Array,
+  masks: Masks,
+  mask_dot: MaskDot,
+  *,
+  exclusive: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """How much is left, at token t, of what token j and the state brought.
 
   Args:
     log_gate: `[..., C, 1]`.
     masks: of the chunk.
+    mask_dot: as for `scalar_system`.
     exclusive: whether t's own gate does not count (then only t > j counts).
 
   Returns:
@@ -196,8 +208,7 @@ def _decays(
   token, source = masks.token, masks.source
   counts = token > source if exclusive else token >= source
   upto = jnp.where(counts, flip(log_gate), 0.0)
-  after = (token > source).astype(log_gate.dtype)
-  total = dot(upto, after)
+  total = mask_dot(upto, token > source)
   since = jnp.exp(total[..., :1] + upto[..., :1])
   between = jnp.where(masks.causal(strict=exclusive), jnp.exp(total), 0.0)
   return between, masks.entering(since)
@@ -213,6 +224,7 @@ def scalar_system(
   scale: float,
   delta: bool,
   precision: jax.lax.PrecisionLike = "highest",
+  mask_dot: MaskDot = mask_dot,
 ) -> System:
   """The system of a member whose decays are scalars per token and head.
 
@@ -226,22 +238,23 @@ def scalar_system(
     scale: of q.
     delta: whether values are corrected by what the state predicts.
     precision: of the products of q, k and p.
+    mask_dot: how sums under a mask are made, as `mask_dot` makes them.
 
   Returns:
     The `System`, without `lower` if not `delta`.
   """
   masks = Masks(q.shape[-2], segments)
-  decay, a = _decays(gates.log_decay, masks)
+  decay, a = _decays(gates.log_decay, masks, mask_dot)
   # What the erase key meets: the state before the token, decayed by the token
   # itself unless the erase key is free.
   before, a_before = None, a
   if delta and p is not None:
-    before, a_before = _decays(gates.log_decay, masks, exclusive=True)
+    before, a_before = _decays(gates.log_decay, masks, mask_dot, exclusive=True)
   elif delta:
     before = jnp.where(masks.token > masks.source, decay, 0.0)
   last = lambda x: x[..., -1:, :]
   if gates.log_momentum is not None:
-    momentum, m = _decays(gates.log_momentum, masks)
+    momentum, m = _decays(gates.log_momentum, masks, mask_dot)
     inner = gates.beta * momentum * flip(gates.eta)
     gamma_before = dot(before, inner)
     b_before = dot(before, gates.beta * m)

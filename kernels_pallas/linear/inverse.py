@@ -8,23 +8,29 @@ inverse stays small. Substitution inside 16 x 16 blocks and then doubling,
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.linear import chunk
 
 BLOCK = 16
+_MATMUL = functools.partial(jnp.matmul, precision="highest")
 
 
 def unit_lower_inverse(
-  lower: jax.Array, *, precision: jax.lax.PrecisionLike = "highest"
+  lower: jax.Array,
+  *,
+  matmul: Callable[[jax.Array, jax.Array], jax.Array] = _MATMUL,
 ) -> jax.Array:
   """`(I + lower)^-1`.
 
   Args:
     lower: `[..., C, C]`, strictly lower triangular; C is a power of two of
       16 or more, or less than 16.
-    precision: of the products.
+    matmul: how products are made.
 
   Returns:
     `[..., C, C]`, unit lower triangular.
@@ -33,13 +39,13 @@ def unit_lower_inverse(
   row = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
   column = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
   block = min(BLOCK, size)
-  x = _substitute(lower, row, column, block, precision)
+  x = _substitute(lower, row, column, block, matmul)
   while block < size:
     # The rows of every odd block, the columns of the even one before it.
     pair = _together(row, column, 2 * block) & ~_together(row, column, block)
     corner = jnp.where(pair, lower, 0.0)
-    product = jnp.matmul(corner, x, precision=precision)
-    x = x - jnp.matmul(x, product, precision=precision)
+    product = matmul(corner, x)
+    x = x - matmul(x, product)
     block *= 2
   return x
 
@@ -49,7 +55,7 @@ def _together(row, column, block):
   return chunk.block(row, block) == chunk.block(column, block)
 
 
-def _substitute(lower, row, column, block, precision):
+def _substitute(lower, row, column, block, matmul):
   """Inverts the diagonal blocks, all at once, a column at a time."""
   size = lower.shape[-1]
   dtype = lower.dtype
@@ -63,7 +69,7 @@ def _substitute(lower, row, column, block, precision):
     place - block * chunk.block(place, block)
     == jax.lax.broadcasted_iota(jnp.int32, (size, block), 1)
   ).astype(dtype)
-  own = jnp.matmul(jnp.where(same, lower, 0.0), fold, precision=precision)
+  own = matmul(jnp.where(same, lower, 0.0), fold)
   x = jnp.broadcast_to(fold, own.shape)
   for j in range(block - 1):
     # Row j of every block is final: take its multiple from those below.
@@ -72,4 +78,4 @@ def _substitute(lower, row, column, block, precision):
     x = x - own[..., j : j + 1] * final.reshape(own.shape)
   if count == 1:
     return x
-  return jnp.where(same, jnp.matmul(x, fold.T, precision=precision), 0.0)
+  return jnp.where(same, matmul(x, fold.T), 0.0)

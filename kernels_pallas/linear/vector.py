@@ -29,6 +29,8 @@ def vector_system(
   scale: float,
   delta: bool,
   whole: bool = False,
+  precision: jax.lax.PrecisionLike = "highest",
+  mask_dot: chunk.MaskDot = chunk.mask_dot,
 ) -> chunk.System:
   """The system of a chunk under per-channel decay.
 
@@ -42,6 +44,8 @@ def vector_system(
     delta: whether values are corrected by what the state predicts.
     whole: whether every level is one product of all rows, instead of a
       batch of small ones (a Pallas kernel has no batches).
+    precision: of the products of decayed q, k and p.
+    mask_dot: as for `chunk.scalar_system`.
 
   Returns:
     The `chunk.System`, whose q, k and p carry the decays.
@@ -52,25 +56,26 @@ def vector_system(
   rows = {"at": q}
   if delta:
     rows["lower"] = p if free else k
-  scores = _scores(rows, k, g, masks, free, whole)
+  scores = _scores(rows, k, g, masks, free, whole, precision, mask_dot)
   diagonal = masks.token == masks.source
   own = jnp.sum(q * k, axis=-1, keepdims=True)
   at = scores["at"] + jnp.where(diagonal, own, 0.0)
   beta = gates.beta
   weigh = lambda x: x if beta is None else x * chunk.flip(beta)
-  upto = masks.token >= masks.source
-  since = _decay(upto, g, masks.inside)
-  before = since
+  decay = lambda mask: jnp.exp(mask_dot(mask, g))
+  upto = decay(masks.token >= masks.source)
+  total = upto[..., -1:, :]
+  before = since = _keep(upto, masks.inside)
   if free:
-    before = _decay(masks.token > masks.source, g, masks.inside)
-  total = _decay(jnp.ones_like(upto), g, None)[..., -1:, :]
+    before = decay(masks.token > masks.source)
+    before = _keep(before, masks.inside)
   if masks.inside is not None:
     total = jnp.where(masks.inside[..., -1:, :], total, 0.0)
   ones = jnp.ones((*g.shape[:-1], 1), g.dtype)
   return chunk.System(
     p=rows["lower"] * before if delta else None,
     q=q * since,
-    k=k * _decay(masks.token < masks.source, g, masks.leaving),
+    k=k * _keep(decay(masks.token < masks.source), masks.leaving),
     lower=weigh(scores["lower"]) if delta else None,
     at=weigh(at) * scale,
     p_scale=(ones,) if delta else (),
@@ -80,15 +85,12 @@ def vector_system(
   )
 
 
-def _decay(mask, g, keep):
-  """exp of the log decays summed under a mask of tokens, zero unless kept."""
-  total = chunk.dot(mask.astype(g.dtype), g)
-  return (
-    jnp.exp(total) if keep is None else jnp.where(keep, jnp.exp(total), 0.0)
-  )
+def _keep(x, tokens):
+  """Zero at other tokens than these; None is all."""
+  return x if tokens is None else jnp.where(tokens, x, 0.0)
 
 
-def _scores(rows, k, g, masks, free, whole):
+def _scores(rows, k, g, masks, free, whole, precision, mask_dot):
   """Decayed products of each of `rows` with k, strictly lower triangular."""
   size = k.shape[-2]
   out = dict.fromkeys(rows, 0.0)
@@ -96,6 +98,8 @@ def _scores(rows, k, g, masks, free, whole):
   while half < size:
     width = size if whole else min(size, max(_MIN_WIDTH, 2 * half))
     token, source = chunk.iota(width, 0), chunk.iota(width, 1)
+    pieces = _blocks(g, width)
+    decay = lambda mask, pieces=pieces: jnp.exp(mask_dot(mask, pieces))
     half_of = lambda x, half=half: chunk.block(x, half)
     whole_of = lambda x, half=half: chunk.block(x, 2 * half)
     late = half_of(token) > 2 * whole_of(token)
@@ -105,20 +109,20 @@ def _scores(rows, k, g, masks, free, whole):
     # that token's own decay.
     early = ~late & same_half & (source > token)
     factors = {
-      True: _factor(early | late & same_half & (source <= token), g, width),
+      True: decay(early | late & same_half & (source <= token)),
       False: None,
     }
     if free:
-      factors[False] = _factor(
-        early | late & same_half & (source < token), g, width
-      )
+      factors[False] = decay(early | late & same_half & (source < token))
     pair = (whole_of(token) == whole_of(source)) & (
       half_of(token) > half_of(source)
     )
     columns = _blocks(k, width) * factors[True]
     for name, x in rows.items():
       factor = factors[not (free and name == "lower")]
-      product = chunk.dot(_blocks(x, width) * factor, columns, tb=True)
+      product = chunk.dot(
+        _blocks(x, width) * factor, columns, tb=True, precision=precision
+      )
       out[name] += _diagonal(jnp.where(pair, product, 0.0), size)
     half *= 2
   return {name: jnp.where(masks.causal(), x, 0.0) for name, x in out.items()}
@@ -129,10 +133,6 @@ def _blocks(x, width):
   if x.shape[-2] == width:
     return x
   return x.reshape(*x.shape[:-2], -1, width, x.shape[-1])
-
-
-def _factor(mask, g, width):
-  return jnp.exp(chunk.dot(mask.astype(g.dtype), _blocks(g, width)))
 
 
 def _diagonal(x, size):

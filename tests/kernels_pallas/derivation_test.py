@@ -341,7 +341,7 @@ def test_costs_of_the_inverse_and_per_channel():
     make = lambda q, delta=delta: vector.vector_system(
       q, q, None, gates, None, scale=SCALE, delta=delta
     )
-    assert products(make, x(C, K)) == each * K * (2 * C + 32) + 6 * C * K
+    assert products(make, x(C, K)) == each * K * (2 * C + 32) + 4 * C * K
 
 
 def test_document():

@@ -1,0 +1,250 @@
+"""What the GPU kernels of linear attention refuse, and that the rest compiles.
+
+Lowering needs no more than JAX. Compiling needs the CUDA wheels, whose
+compiler needs no GPU: these tests compile for an H100, where a kernel that
+asks for too much shared memory is an error and, by a flag, also one whose
+registers spill to memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+from kernels_pallas.linear import gpu, gpu_plan, gpu_walk, problem
+
+# Without a GPU the CUDA wheels find no driver, and would not register what
+# compiles.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+NAME = "NVIDIA H100 80GB HBM3"
+CORES = 132
+# XLA's description of it, as far as compiling needs it.
+H100 = f"""
+gpu_device_info {{
+  cuda_compute_capability {{
+    major: 9
+    feature_extension: ACCELERATED_FEATURES
+  }}
+  core_count: {CORES}
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84942979072
+  l2_cache_size: 52428800
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_core: 233472
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  threads_per_warp: 32
+  threads_per_core_limit: 2048
+  threads_per_block_limit: 1024
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}}
+platform_name: "CUDA"
+device_description_str: "{NAME}"
+"""
+
+
+def problem_of(
+  *,
+  states=1,
+  t=4096,
+  k=128,
+  v=128,
+  dtype="bfloat16",
+  channels=False,
+  delta=True,
+  chunk_size=64,
+):
+  """The shapes of a problem, and its options."""
+  b, g, h = 1, 2, 4
+  narrow = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
+  kind = jnp.promote_types(dtype, jnp.float32)
+  wide = lambda *shape: jax.ShapeDtypeStruct(shape, kind)
+  second = wide(b, t, h) if states == 2 else None
+  inputs = problem.Inputs(
+    q=narrow(b, t, g, k),
+    k=narrow(b, t, g, k),
+    p=None,
+    v=narrow(b, t, h, v),
+    log_decay=wide(b, t, h, k) if channels else wide(b, t, h),
+    log_momentum=second,
+    beta=wide(b, t, h),
+    eta=second,
+    state=(wide(b, h, k, v),) * states,
+    segments=jax.ShapeDtypeStruct((b, t), jnp.int32),
+  )
+  return inputs, problem.Options(
+    scale=1.0, delta=delta, chunk_size=chunk_size, interpret=False
+  )
+
+
+def test_a_key_size_that_is_too_large():
+  inputs, options = problem_of(k=257)
+  with pytest.raises(
+    NotImplementedError, match="K of at most 256 .* got K = 257"
+  ):
+    gpu.run(inputs, options)
+
+
+def test_float64_without_the_interpreter():
+  with jax.enable_x64(True):
+    inputs, options = problem_of(dtype="float64")
+  with pytest.raises(NotImplementedError, match="got v in float64"):
+    gpu.run(inputs, options)
+
+
+@pytest.mark.parametrize("size", [16, 64, 256])
+def test_chunks_are_cut_to_what_a_program_holds(size):
+  plan = gpu_plan.make(*problem_of(chunk_size=size))
+  assert plan.chunk == min(size, 64)
+  plan = gpu_plan.make(*problem_of(chunk_size=size, k=256, channels=True))
+  assert plan.chunk == min(size, 32)
+
+
+def value_and_gradients(options):
+  """A function of `Inputs` and cotangents, through `gpu.run`."""
+
+  def run(inputs, do, dstate):
+    f = lambda x: gpu.run(x._replace(segments=inputs.segments), options)
+    outputs, pullback = jax.vjp(f, inputs._replace(segments=None))
+    return outputs, pullback((do, dstate))
+
+  return run
+
+
+def lower(function, args, sharding=None, **how):
+  """Lowers a function for an H100 that need not be here."""
+  args = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
+  )
+  device = AbstractDevice(NAME, CORES, "gpu")
+  mesh = AbstractMesh((), (), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    return jax.jit(function).trace(*args).lower(**how)
+
+
+KERNELS = ("linear_attention_forward", "linear_attention_backward")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+  "kind",
+  [dict(states=2, v=256), dict(channels=True, t=192), dict(delta=False)],
+  ids=["mdn", "kda", "linear"],
+)
+def test_lowers_without_a_gpu(kind, dtype):
+  inputs, options = problem_of(dtype=dtype, **kind)
+  args = inputs, inputs.v, inputs.state
+  text = lower(
+    value_and_gradients(options), args, lowering_platforms=("cuda",)
+  ).as_text()
+  assert all(name in text for name in KERNELS)
+  assert text.count("__gpu$xla.gpu.triton") == len(KERNELS)
+
+
+# As in the models: MDN's two sizes, and 128 x 128 of the others.
+SHAPES = {
+  "mdn_400m": dict(states=2, v=256),
+  "mdn_1300m": dict(states=2, k=256, v=512),
+  "gdn": dict(),
+  "kda": dict(channels=True),
+  # Here two chunks of 64 tokens would not fit into shared memory.
+  "kda_256": dict(channels=True, k=256, v=256),
+  "linear": dict(delta=False),
+  "gla": dict(delta=False, channels=True),
+}
+shapes = pytest.mark.parametrize("shape", SHAPES)
+dtypes = pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+
+
+@pytest.fixture(scope="module")
+def h100():
+  """An H100's place, for arguments to be lowered for it."""
+  if not any(
+    importlib.util.find_spec(f"jax_cuda{version}_plugin")
+    for version in (12, 13)
+  ):
+    pytest.skip("needs the CUDA wheels: pip install 'thriftax[gpu]'")
+  try:
+    topology = topologies.get_topology_desc(
+      platform="cuda",
+      topology_name="h100",
+      target_config=H100,
+      topology="1x1x1",
+    )
+  except NotImplementedError as e:
+    pytest.skip(f"the CUDA wheels need JAX_PLATFORMS=cpu without a GPU ({e})")
+  return SingleDeviceSharding(topology.devices[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+  "shape, dtype",
+  [("mdn_400m", "bfloat16"), ("mdn_1300m", "float32"), ("kda", "bfloat16")],
+)
+def test_values_and_gradients_compile_without_a_gpu(shape, dtype, h100):
+  inputs, options = problem_of(dtype=dtype, **SHAPES[shape])
+  args = inputs, inputs.v, inputs.state
+  compiled = lower(value_and_gradients(options), args, h100).compile()
+  assert all(name in compiled.as_text() for name in KERNELS)
+
+
+def kernels_of(inputs, options):
+  """Both kernels as functions, and the shapes of their arguments."""
+  plan = gpu_plan.make(inputs, options)
+
+  def arguments(inputs):
+    padded = gpu_plan.pad(inputs, plan)
+    system = gpu._system(padded._replace(segments=None), padded.segments, plan)
+    # L in place of its inverse, whose shape it has.
+    walk = gpu._walk(padded, system, system.lower, plan)
+    return walk, padded.v, padded.state
+
+  forward = functools.partial(gpu_walk.forward, plan=plan, keep=True)
+  backward = functools.partial(gpu_walk.backward, plan=plan)
+  return (forward, backward), jax.eval_shape(arguments, inputs)
+
+
+def compile_kernels(inputs, options, sharding):
+  """Compiles both kernels alone; registers that spill are an error."""
+  kernels, args = kernels_of(inputs, options)
+  for kernel in kernels:
+    lower(kernel, args, sharding).compile(
+      {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+    )
+
+
+@pytest.mark.gpu
+@shapes
+@dtypes
+def test_kernels_do_not_spill(shape, dtype, h100):
+  compile_kernels(*problem_of(dtype=dtype, **SHAPES[shape]), h100)
+
+
+@pytest.mark.gpu
+@dtypes
+@pytest.mark.parametrize("size", [16, 32])
+def test_kernels_of_shorter_chunks_do_not_spill(size, dtype, h100):
+  kind = dict(dtype=dtype, chunk_size=size, **SHAPES["mdn_400m"])
+  compile_kernels(*problem_of(**kind), h100)
+
+
+@pytest.mark.gpu
+def test_a_spill_would_be_an_error(monkeypatch, h100):
+  """Twice the states that registers hold."""
+  for name in ("_MAX_STATE", "_MAX_WIDTH"):
+    monkeypatch.setattr(gpu_plan, name, 2 * getattr(gpu_plan, name))
+  with pytest.raises(jax.errors.JaxRuntimeError, match="spilling"):
+    compile_kernels(*problem_of(**SHAPES["mdn_400m"]), h100)
