@@ -317,14 +317,16 @@ def main() -> None:
   host_memory.keep_freed()
   for shape_name in shapes:
     shape = bench_linear_cases.SHAPES[shape_name]
-    chosen = [
-      problem.check_chunk_size(
-        None if size == "auto" else int(size), shape.length
-      )
-      for size in values.chunk_sizes
-    ]
-    names = [f"{i}/{c}" for i in values.implementations for c in chosen]
     for op in ops:
+      chosen = [
+        problem.check_chunk_size(
+          None if size == "auto" else int(size),
+          shape.length,
+          light=op == "linear",
+        )
+        for size in values.chunk_sizes
+      ]
+      names = [f"{i}/{c}" for i in values.implementations for c in chosen]
       try:
         record = measure(
           op,

@@ -84,7 +84,9 @@ def _run(
   options = problem.Options(
     scale=problem.check_scale(scale, inputs.q.shape[-1]),
     delta=delta,
-    chunk_size=problem.check_chunk_size(chunk_size, length),
+    chunk_size=problem.check_chunk_size(
+      chunk_size, length, light=not delta and inputs.log_decay.ndim == 3
+    ),
     interpret=bool(interpret),
   )
   pieces = problem.check_num_splits(num_splits, length)

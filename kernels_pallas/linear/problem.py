@@ -262,18 +262,26 @@ def check_scale(scale: Any, key_size: int) -> float:
   return float(scale)
 
 
-def check_chunk_size(chunk_size: Any, length: int) -> int:
+def check_chunk_size(
+  chunk_size: Any, length: int, *, light: bool = False
+) -> int:
   """`chunk_size`, or the best for the platform and T = `length` for None.
 
-  The work of a chunk grows with C where that between chunks shrinks with it.
-  CPU cores do no product of 64 rows faster than one of 32; the sides of an
-  accelerator's matrix units, and a serial walk over chunks, want more.
+  The work inside a chunk grows with C where that between chunks shrinks with
+  it. CPU cores do no product of 64 rows faster than one of 32, so they want
+  larger chunks only where those are `light`; the sides of an accelerator's
+  matrix units, and a serial walk over chunks, want more.
+
+  Args:
+    chunk_size: as the public functions take it.
+    length: T.
+    light: whether a chunk has neither an inverse nor decays per channel.
 
   Raises:
     ValueError: unless it is None or one of `CHUNK_SIZES`.
   """
   if chunk_size is None:
-    best = 32 if jax.default_backend() == "cpu" else 64
+    best = 32 if jax.default_backend() == "cpu" and not light else 64
     return next(x for x in CHUNK_SIZES if x >= min(best, length))
   if isinstance(chunk_size, bool) or chunk_size not in CHUNK_SIZES:
     raise ValueError(
