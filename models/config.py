@@ -21,6 +21,7 @@ _CHOICES = {
   "remat": ("none", "full", "dots"),
   "compute_dtype": ("float32", "bfloat16"),
   "param_dtype": ("float32", "bfloat16"),
+  "output_gate": ("own", "silu", "sigmoid"),
 }
 
 
@@ -82,6 +83,9 @@ class Config:
     conv_width: taps of the linear mixers' short convolutions.
     min_log_mu: lower bound of the log momentum of "mdn"; 0 is none. The
       released models have one because their kernels need it; ours do not.
+    output_gate: what the linear mixers but "mamba2" pass their output gate
+      through: "own" is as published, the sigmoid in "mdn" and "kda" and SiLU
+      in the others. A sigmoid lets half the output through at the start.
     tau_factor: of "mdn", whose eta is `1 + tanh(e / sqrt(D / tau_factor))`.
   """
 
@@ -108,6 +112,7 @@ class Config:
   linear_value_dim: int = 0
   conv_width: int = 4
   min_log_mu: float = 0.0
+  output_gate: Literal["own", "silu", "sigmoid"] = "own"
   tau_factor: float = 1.0
 
   def __post_init__(self):

@@ -152,8 +152,10 @@ def _recur(op, qkv, gate, state, segments, scale=None):
   )
 
 
-def _finish(o, gate, p, cfg, activation):
+def _finish(o, gate, p, cfg, own):
   """Normed heads, gated by `gate` `[B, T, H, V]`, through the output matrix."""
+  name = own if cfg.output_gate == "own" else cfg.output_gate
+  activation = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}[name]
   o = layers.rms_norm(o, p["o_norm"], cfg.norm_eps)
   gated = o.astype(jnp.float32) * activation(gate.astype(jnp.float32))
   return block.merge_heads(gated.astype(o.dtype), p)
@@ -180,7 +182,7 @@ def _mdn(y, p, cfg, state, segments):
   )
   qkv = layers.l2_norm(q), layers.l2_norm(k), v
   o, memory = _recur(_MOMENTUM, qkv, gate, state, segments)
-  o = _finish(o, _gate(y, p, cfg), p, cfg, jax.nn.sigmoid)
+  o = _finish(o, _gate(y, p, cfg), p, cfg, "sigmoid")
   return o, State(tails, memory)
 
 
@@ -190,7 +192,7 @@ def _gdn(y, p, cfg, state, segments):
   gate = gates.log_decay(a, p["a_log"], p["dt_bias"]), jax.nn.sigmoid(b)
   qkv = layers.l2_norm(q), layers.l2_norm(k), v
   o, memory = _recur(_DELTA, qkv, gate, state, segments)
-  o = _finish(o, _gate(y, p, cfg), p, cfg, jax.nn.silu)
+  o = _finish(o, _gate(y, p, cfg), p, cfg, "silu")
   return o, State(tails, memory)
 
 
@@ -203,7 +205,7 @@ def _kda(y, p, cfg, state, segments):
   qkv = layers.l2_norm(q), layers.l2_norm(k), v
   o, memory = _recur(_KDA, qkv, (decay, jax.nn.sigmoid(b)), state, segments)
   gate = _low_rank(y, p, "g", size.value)
-  return _finish(o, gate, p, cfg, jax.nn.sigmoid), State(tails, memory)
+  return _finish(o, gate, p, cfg, "sigmoid"), State(tails, memory)
 
 
 def _gla(y, p, cfg, state, segments):
@@ -212,14 +214,14 @@ def _gla(y, p, cfg, state, segments):
   decay = jax.nn.log_sigmoid(logits + p["f_bias"].astype(jnp.float32))
   gate = (decay / _GLA_ROOT,)
   o, memory = _recur(_LINEAR, (q, k, v), gate, state, segments)
-  o = _finish(o, _gate(y, p, cfg), p, cfg, jax.nn.silu)
+  o = _finish(o, _gate(y, p, cfg), p, cfg, "silu")
   return o, State(tails, memory)
 
 
 def _linear(y, p, cfg, state, segments):
   q, k, v, tails = _qkv(y, p, cfg, state, segments)
   o, memory = _recur(_LINEAR, (q, k, v), (), state, segments)
-  o = _finish(o, _gate(y, p, cfg), p, cfg, jax.nn.silu)
+  o = _finish(o, _gate(y, p, cfg), p, cfg, "silu")
   return o, State(tails, memory)
 
 

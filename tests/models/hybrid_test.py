@@ -223,6 +223,7 @@ class ParameterTest(parameterized.TestCase):
     ({"conv_width": 0}, "conv_width: got 0; allowed: at least 1"),
     ({"min_log_mu": 1.0}, "min_log_mu: got 1.0.*below 0"),
     ({"tau_factor": 0.0}, "tau_factor: got 0.0"),
+    ({"output_gate": "relu"}, "output_gate: got 'relu'; .*'own', 'silu'"),
   )
   def test_bad_configs(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):

@@ -82,10 +82,12 @@ def _mdn(y, p, cfg):
       n = mu * n - eta * np.outer(key, w)
       s = alpha * s + beta * n
       out[t, h] = s.T @ _unit(q[t, g]) / np.sqrt(size.key)
-  return _finish(out, sigmoid(y @ p["g"]), p, cfg)
+  return _finish(out, y @ p["g"], "sigmoid", p, cfg)
 
 
-def _finish(out, gate, p, cfg):
+def _finish(out, gate, own, p, cfg):
+  name = {"own": own}.get(cfg.output_gate, cfg.output_gate)
+  gate = silu(gate) if name == "silu" else sigmoid(gate)
   normed = np.stack(
     [[_norm(o, p["o_norm"], cfg.norm_eps) for o in row] for row in out]
   )
@@ -124,10 +126,8 @@ def _first_order(y, p, cfg):
         s = decay[t, h][:, None] * s + np.outer(key, v[t, h])
       out[t, h] = s.T @ query / np.sqrt(size.key)
   if "g" in p:
-    gate = silu(y @ p["g"])
-  else:
-    gate = sigmoid(y @ p["g_down"] @ p["g_up"])
-  return _finish(out, gate, p, cfg)
+    return _finish(out, y @ p["g"], "silu", p, cfg)
+  return _finish(out, y @ p["g_down"] @ p["g_up"], "sigmoid", p, cfg)
 
 
 def _mamba2(y, p, cfg):

@@ -77,6 +77,15 @@ class MixerTest(parameterized.TestCase):
     got, _ = apply(y, p, segments=ids)
     assert_close(got, linear_reference.mix(mixer, y, p, CFG, ids), 64)
 
+  @parameterized.parameters(
+    ("mdn", "silu"), ("gdn", "sigmoid"), ("kda", "silu")
+  )
+  def test_another_output_gate(self, mixer, name):
+    cfg = dataclasses.replace(CFG, output_gate=name)
+    p, y = setup(mixer, length=9)
+    got, _ = run(mixer, cfg)(y, p)
+    assert_close(got, linear_reference.mix(mixer, y, p, cfg), 64)
+
   @parameterized.parameters(*LINEAR)
   def test_no_gradient_from_later_tokens_or_other_segments(self, mixer):
     p, y = setup(mixer)

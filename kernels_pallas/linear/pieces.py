@@ -1,0 +1,81 @@
+"""Float32 products from bfloat16 pieces, for a TPU's matrix units.
+
+These multiply bfloat16; a float32 product in full precision is six of theirs,
+of three pieces of each operand. Fewer do where an operand needs one piece
+only, or where the product is of what was rounded to bfloat16 before.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.linear import chunk
+
+
+def split(x: jax.Array, count: int) -> list[jax.Array]:
+  """Float32 as the sum of bfloat16 pieces: three hold every bit, two 16.
+
+  Rounds by integer operations, which no compiler simplifies away as it may a
+  conversion there and back.
+  """
+  out = []
+  for _ in range(count):
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) + np.int32(2**15)
+    bits &= np.int32(-(2**16))
+    piece = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    out.append(piece.astype(jnp.bfloat16))
+    x = x - piece
+  return out
+
+
+@jax.custom_vjp
+def mask_dot(a: jax.Array, b: jax.Array) -> jax.Array:
+  """As `chunk.mask_dot`, in three exact products.
+
+  Args:
+    a: `[M, K]`, float32, or bool if b is not.
+    b: `[K, N]`, likewise.
+
+  Returns:
+    `[M, N]`.
+  """
+  return _mask_dot(a, b)
+
+
+def _mask_dot(a, b, **how):
+  left = a.dtype == jnp.bool_
+  mask, x = (a, b) if left else (b, a)
+  if x.dtype != jnp.float32:  # float64, in the interpreter.
+    mask = mask.astype(x.dtype)
+    return chunk.dot(*((mask, x) if left else (x, mask)), **how)
+  mask = jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16)
+  dot = functools.partial(chunk.dot, **how, precision="default")
+  return sum(
+    dot(mask, piece) if left else dot(piece, mask) for piece in split(x, 3)
+  )
+
+
+def _mask_dot_forward(a, b):
+  return _mask_dot(a, b), (a, b)
+
+
+def _mask_dot_backward(operands, dout):
+  a, b = operands
+  if a.dtype == jnp.bool_:
+    return None, _mask_dot(a, dout, ta=True)
+  return _mask_dot(dout, b, tb=True), None
+
+
+mask_dot.defvjp(_mask_dot_forward, _mask_dot_backward)
+
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+  """`a @ b` of float32 matrices to 16 bits, in three products."""
+  a, low_a = split(a, 2)
+  b, low_b = split(b, 2)
+  dot = functools.partial(chunk.dot, precision="default")
+  return dot(a, b) + (dot(a, low_b) + dot(low_a, b))
