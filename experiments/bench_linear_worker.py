@@ -177,6 +177,7 @@ def peer(op: str, path: str, dtypes: Mapping[str, str]) -> Contender:
 
 
 def answer(side: Contender, request: Mapping[str, Any]) -> Any:
+  """What a request asks of the contender: seconds, or a file of its values."""
   if request["do"] == "seconds":
     return side.seconds(request["mode"], request["calls"])
   if request["do"] == "values":

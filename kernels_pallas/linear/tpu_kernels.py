@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -223,8 +223,28 @@ def backward(
   pl.when(n == plan.chunks - 1)(lambda: _copy(carry, out.state))
 
 
-def backward_head(system, pull, inverted, v, state, do, dstate, plan: Plan):
-  """The cotangents of a head's `Head`, values and entering state."""
+def backward_head(
+  system: chunk.System,
+  pull: Callable[[chunk.System], tuple[Head]],
+  inverted: jax.Array | None,
+  v: jax.Array,
+  state: chunk.Columns,
+  do: jax.Array,
+  dstate: chunk.Columns,
+  plan: Plan,
+) -> tuple[Head, jax.Array, chunk.Columns]:
+  """The cotangents of a head's `Head`, values and entering state.
+
+  Args:
+    system: the head's chunk.
+    pull: transposes what made the system of the `Head`.
+    inverted: `[C, C]`, or None without the delta rule.
+    v: `[C, V]`.
+    state: M arrays `[K, V]`, as they entered.
+    do: `[C, V]`.
+    dstate: M cotangents `[K, V]`, of what left.
+    plan: the plan.
+  """
   precision = plan.precision
   _, e, _ = chunk.step(system, inverted, v, state, precision=precision)
   do = do.astype(plan.wide)

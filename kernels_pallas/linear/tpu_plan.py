@@ -109,7 +109,10 @@ def make(inputs: problem.Inputs, options: problem.Options) -> Plan:
   h, value_size = inputs.v.shape[2:]
   wide = inputs.state[0].dtype
   if wide == jnp.float64 and not options.interpret:
-    raise NotImplementedError("a TPU kernel has no float64")
+    raise NotImplementedError(
+      "arrays must be float32 or bfloat16 for the TPU kernels (float64 only "
+      f"with interpret), got a state in {wide}"
+    )
   base = Plan(
     batch=b,
     chunks=-(-t // options.chunk_size),
