@@ -6,10 +6,10 @@ Outputs, final states and gradients are compared first, with those of the scan
 (`implementation="reference"`); nothing is timed unless they agree. Then all
 contenders take turns, forward and with their gradient, and each time is set
 against the scan's of the same round and against a floor: the matmul FLOPs that
-`bench_linear_floor` counts, at the rate of one large matmul on this machine.
-With `--peer_python` jax-linear-attention's plain JAX form runs on the same
-arrays in another interpreter. One JSON line per op and shape is appended to
-`experiments/records/bench_linear.jsonl`.
+`experiments.linear.floors` counts, at the rate of one large matmul on this
+machine. With `--peer_python` jax-linear-attention's plain JAX form runs on
+the same arrays in another interpreter. One JSON line per op and shape is
+appended to `experiments/records/bench_linear.jsonl`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import (
-  bench_linear_cases,
-  bench_linear_floor,
-  bench_linear_worker,
-  bench_train,
-  errors,
-  host_memory,
-  reports,
-  workers,
-)
+from experiments import bench_train, errors, host_memory, reports, workers
+from experiments.linear import cases, floors, worker
 from jaxlib_ext import records
 from kernels_pallas.linear import problem
 
-MODES = bench_linear_worker.MODES
+MODES = worker.MODES
 SCAN, PEER = "reference", "jla"
 
 # Short calls are repeated within a turn until they last this long.
@@ -55,7 +47,7 @@ class Trial:
   """The contenders of one op at one shape.
 
   Args:
-    op: a key of `bench_linear_cases.OPS`.
+    op: a key of `experiments.linear.cases.OPS`.
     names: of our contenders, "implementation/chunk size"; the scan is added.
     dtype: of q, k and v.
     peer_python: the interpreter that has `jla`, or empty.
@@ -72,7 +64,7 @@ class Trial:
     self._op, self._names, self._dtype = op, names, dtype
     self._python = peer_python
     self.sides, self.errors, self.missing = {}, {}, {}
-    if peer_python and op not in bench_linear_worker.PEER_KINDS:
+    if peer_python and op not in worker.PEER_KINDS:
       self.missing[PEER] = f"has no {op}"
 
   @contextlib.contextmanager
@@ -85,7 +77,7 @@ class Trial:
       if self._python and PEER not in self.missing:
         directory = pathlib.Path(name)
         with self._excusing_the_peer():
-          self.sides[PEER] = bench_linear_worker.Peer(
+          self.sides[PEER] = worker.Peer(
             self._op, *problem, directory, self._python
           )
       try:
@@ -98,10 +90,10 @@ class Trial:
     how = {"implementation": implementation}
     if size:
       how["chunk_size"] = int(size)
-    op = bench_linear_cases.OPS[self._op][0]
+    op = cases.OPS[self._op][0]
     run = lambda **arrays: op(**arrays, **how)
     try:
-      return bench_linear_worker.Contender(run, *problem, modes)
+      return worker.Contender(run, *problem, modes)
     except (ValueError, NotImplementedError) as e:
       raise errors.UserError(f"{name}: {e}") from e
 
@@ -136,9 +128,9 @@ class Trial:
           raise workers.WorkerError(wrong)
 
   def _compare(self, name, want):
-    found = bench_linear_cases.largest_errors(self.sides[name].values(), want)
+    found = cases.largest_errors(self.sides[name].values(), want)
     self.errors.setdefault(name, {}).update(found)
-    return bench_linear_cases.disagreement(found, self._dtype)
+    return cases.disagreement(found, self._dtype)
 
   def seconds(self, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Mode to contender to its seconds of each round."""
@@ -159,7 +151,7 @@ class Trial:
 
 def measure(
   op: str,
-  shape: bench_linear_cases.Shape,
+  shape: cases.Shape,
   names: Sequence[str],
   *,
   dtype: str = "float32",
@@ -169,7 +161,7 @@ def measure(
   """Checks and times one op at one shape.
 
   Args:
-    op: a key of `bench_linear_cases.OPS`.
+    op: a key of `experiments.linear.cases.OPS`.
     shape: the sizes.
     names: of our contenders, "implementation/chunk size"; the scan is added.
     dtype: of q, k and v, "float32" or "bfloat16".
@@ -185,13 +177,13 @@ def measure(
     UserError: one of ours does not run here.
   """
   trial = Trial(op, names, dtype, peer_python)
-  whole = bench_linear_cases.make(op, shape, dtype)
-  length = bench_linear_cases.scan_length(op, shape)
+  whole = cases.make(op, shape, dtype)
+  length = cases.scan_length(op, shape)
   scan_modes = MODES
   if length < shape.length:
     scan_modes = ("forward",)
     trial.missing[f"{SCAN} gradient"] = "it would keep too much"
-    with trial.started(bench_linear_cases.first_tokens(whole, length)):
+    with trial.started(cases.first_tokens(whole, length)):
       trial.check()
   load = [os.getloadavg()]
   rates = [reports.matmul_rate(dtype)]
@@ -216,14 +208,14 @@ def measure(
 
 def judge(
   op: str,
-  shape: bench_linear_cases.Shape,
+  shape: cases.Shape,
   seconds: Mapping[str, Mapping[str, Sequence[float]]],
   matmul_rate: float,
 ) -> dict[str, Any]:
   """What the seconds mean.
 
   Args:
-    op: a key of `bench_linear_cases.OPS`.
+    op: a key of `experiments.linear.cases.OPS`.
     shape: the sizes.
     seconds: mode to contender to its seconds of each round.
     matmul_rate: FLOP/s.
@@ -243,9 +235,9 @@ def judge(
       size = name.partition("/")[2]
       if size:
         sizes = op, int(size), shape.key, shape.value
-        flops = bench_linear_floor.forward(*sizes)
+        flops = floors.forward(*sizes)
         if mode == "gradient":
-          flops += bench_linear_floor.backward(*sizes)
+          flops += floors.backward(*sizes)
         flops *= shape.token_heads
         floor = flops / matmul_rate
         out["flops"][mode][name] = flops
@@ -263,7 +255,7 @@ def judge(
 
 def report(record: Mapping[str, Any]) -> str:
   """The lines printed for one record."""
-  shape = bench_linear_cases.Shape(**record["shape"])
+  shape = cases.Shape(**record["shape"])
   lines = [
     f"{record['op']}: B {shape.batch}, T {shape.length}, H {shape.heads}, K "
     f"{shape.key}, V {shape.value}, {record['dtype']}; one large matmul runs "
@@ -306,8 +298,8 @@ def _chosen(flag: str, values: Sequence[str], allowed: Any) -> Sequence[str]:
 def main() -> None:
   """Measures the ops and shapes asked for."""
   values = flags.FLAGS
-  ops = _chosen("ops", values.ops, bench_linear_cases.OPS)
-  shapes = _chosen("shapes", values.shapes, bench_linear_cases.SHAPES)
+  ops = _chosen("ops", values.ops, cases.OPS)
+  shapes = _chosen("shapes", values.shapes, cases.SHAPES)
   sizes = [str(size) for size in problem.CHUNK_SIZES]
   _chosen("chunk_sizes", values.chunk_sizes, ["auto", *sizes])
   if values.peer_python and not shutil.which(values.peer_python):
@@ -316,7 +308,7 @@ def main() -> None:
     )
   host_memory.keep_freed()
   for shape_name in shapes:
-    shape = bench_linear_cases.SHAPES[shape_name]
+    shape = cases.SHAPES[shape_name]
     for op in ops:
       chosen = [
         problem.check_chunk_size(
@@ -346,10 +338,8 @@ def main() -> None:
 
 
 def _define_flags() -> None:
-  flags.DEFINE_list("ops", list(bench_linear_cases.OPS), "Which ops.")
-  flags.DEFINE_list(
-    "shapes", list(bench_linear_cases.CPU_SHAPES), "Which shapes, by name."
-  )
+  flags.DEFINE_list("ops", list(cases.OPS), "Which ops.")
+  flags.DEFINE_list("shapes", list(cases.CPU_SHAPES), "Which shapes, by name.")
   flags.DEFINE_list(
     "implementations", ["xla"], "Which of ours to set beside the scan."
   )

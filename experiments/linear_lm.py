@@ -31,13 +31,9 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import (
-  compare_optimizers,
-  errors,
-  linear_runs,
-  linear_tasks,
-  reports,
-)
+from experiments import compare_optimizers, errors, reports
+from experiments.linear import learner as learner_lib
+from experiments.linear import tasks as task_lib
 from jaxlib_ext import config as config_lib
 from jaxlib_ext import records
 from models import config as model_config
@@ -50,7 +46,7 @@ class Options:
   """What the flags say.
 
   Attributes:
-    tasks: names of `linear_tasks.TASKS`.
+    tasks: names of `experiments.linear.tasks.TASKS`.
     mixers: as the module says.
     seeds: runs at the best learning rate.
     steps: of every run; 0 is the task's own number.
@@ -116,10 +112,10 @@ class Runner:
     bar: progress in steps; expects the runs of a search that does not move.
   """
 
-  def __init__(self, task: linear_tasks.Task, options: Options, bar: Any):
+  def __init__(self, task: task_lib.Task, options: Options, bar: Any):
     self._task, self._record, self._bar = task, options.record, bar
     self._data = task.load(options.workdir)
-    self._target = linear_runs.target_size(task, self._data.vocab_size)
+    self._target = learner_lib.target_size(task, self._data.vocab_size)
     self._known = records.read(options.record)
     self._learner = None
     self.results: list[dict[str, Any]] = []
@@ -138,7 +134,7 @@ class Runner:
     steps = self._task.training.steps
     if self.expected < 0:
       self._bar.total += steps
-    cfg = linear_runs.matched(
+    cfg = learner_lib.matched(
       self._task, fields(mixer), self._data.vocab_size, self._target
     )
     job = {
@@ -148,7 +144,7 @@ class Runner:
       "seed": seed,
       "model": config_lib.to_dict(cfg),
       "training": config_lib.to_dict(self._task.training),
-      "optimizer": config_lib.to_dict(linear_runs.OPTIMIZER),
+      "optimizer": config_lib.to_dict(learner_lib.OPTIMIZER),
       "data": self._data.describe(),
     }
     job = json.loads(json.dumps(job))
@@ -167,7 +163,7 @@ class Runner:
 
   def _train(self, cfg, rate: float, seed: int) -> dict[str, Any]:
     if self._learner is None or self._learner.cfg != cfg:
-      self._learner = linear_runs.Learner(cfg, self._task.training)
+      self._learner = learner_lib.Learner(cfg, self._task.training)
     return self._learner.run(self._data, rate, seed, self._bar)
 
 
@@ -217,7 +213,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 def plot(
   path: pathlib.Path,
-  task: linear_tasks.Task,
+  task: task_lib.Task,
   runs: dict[str, list[dict[str, Any]]],
 ) -> None:
   """Draws a task as `path` with .png and with .svg.
@@ -266,10 +262,10 @@ def plot(
 
 def compare(options: Options) -> None:
   """Searches, repeats, prints and draws, one task after another."""
-  tasks = [linear_tasks.get(name, options.steps) for name in options.tasks]
+  tasks = [task_lib.get(name, options.steps) for name in options.tasks]
   for task in tasks:
     for mixer in options.mixers:
-      linear_runs.check_depth(task, mixer, fields(mixer)["mixers"])
+      learner_lib.check_depth(task, mixer, fields(mixer)["mixers"])
   for directory in (options.workdir, options.record.parent):
     directory.mkdir(parents=True, exist_ok=True)
   if options.record.exists() and not options.record.read_text().endswith("\n"):
@@ -315,8 +311,8 @@ def main() -> None:
 def _define_flags() -> None:
   flags.DEFINE_list(
     "task",
-    list(linear_tasks.TASKS),
-    f"Among {', '.join(linear_tasks.TASKS)}.",
+    list(task_lib.TASKS),
+    f"Among {', '.join(task_lib.TASKS)}.",
   )
   flags.DEFINE_list("mixers", list(MIXERS), "Mixers, or hybrids as gdn+full.")
   flags.DEFINE_integer(

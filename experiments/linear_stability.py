@@ -36,11 +36,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import errors, linear_coefficients, linear_stability_picture
+from experiments import errors
+from experiments.linear import coefficients, picture
 from jaxlib_ext import records
 from models import gates as layer_gates
 
-Gates = linear_coefficients.Gates
+Gates = coefficients.Gates
 
 # The released 400M model's width, and what a bias-free projection with the
 # default init_std makes of a normed input of that width.
@@ -245,25 +246,22 @@ def study(draws: int, heads: int, tokens: int) -> tuple[dict, dict]:
       "log_mu": log_mu,
       "log_alpha": log_alpha,
       **_plain(
-        linear_coefficients.float32_errors(
-          linear_coefficients.constant(log_mu, log_alpha)
-        )
+        coefficients.float32_errors(coefficients.constant(log_mu, log_alpha))
       ),
     }
     for log_mu, log_alpha in CONSTANT_GATES
   ]
   swept = [
-    linear_coefficients.float32_errors(linear_coefficients.constant(-x, -0.1))
-    for x in _SWEEP
+    coefficients.float32_errors(coefficients.constant(-x, -0.1)) for x in _SWEEP
   ]
   arrays["coefficients"] = {
     form: (_SWEEP, np.array([x[form]["error"] for x in swept]))
-    for form in linear_coefficients.FORMS
+    for form in coefficients.FORMS
   }
   record["layers"] = []
   for bound in (0.0, -2.0):
-    gates = untrained_gates(0, heads, linear_coefficients.CHUNK, True, bound)
-    found = linear_coefficients.float32_errors(Gates(*(x.T for x in gates)))
+    gates = untrained_gates(0, heads, coefficients.CHUNK, True, bound)
+    found = coefficients.float32_errors(Gates(*(x.T for x in gates)))
     record["layers"].append(
       {
         "min_log_mu": bound,
@@ -317,7 +315,7 @@ def report(record: Mapping[str, Any]) -> str:
   lines.append("largest relative error of a coefficient in float32")
   show = lambda x: x if isinstance(x, str) else f"{x:.1e}"
   for row in record["constant"]:
-    ours, other = (row[form] for form in linear_coefficients.FORMS)
+    ours, other = (row[form] for form in coefficients.FORMS)
     lines.append(
       f"  log mu {row['log_mu']:6.2f}, log alpha {row['log_alpha']:5.2f}: "
       f"product {show(ours['error'])}, log-space {show(other['error'])} "
@@ -327,7 +325,7 @@ def report(record: Mapping[str, Any]) -> str:
     counts = ", ".join(
       f"{form} {row[form]['above_1_percent']} (largest "
       f"{show(row[form]['largest'])})"
-      for form in linear_coefficients.FORMS
+      for form in coefficients.FORMS
     )
     lines.append(
       f"  of {record['heads']} untrained heads, log mu "
@@ -344,7 +342,7 @@ def main() -> None:
   record, arrays = study(values.draws, values.heads, values.tokens)
   print(report(record))
   path.parent.mkdir(parents=True, exist_ok=True)
-  linear_stability_picture.draw(arrays, path)
+  picture.draw(arrays, path)
   records.append(path, {**record, **records.provenance()})
 
 

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import bench_linear_floor, errors
+from experiments import errors
+from experiments.linear import floors
 from jaxlib_ext import records, topology
 from kernels_pallas.linear import problem, tpu, tpu_plan
 
@@ -193,9 +194,7 @@ def _work(
   """Per token and head: FLOPs, bytes, their floors, and what they allow."""
   tokens = LENGTH * case.heads
   flops, moved = cost.flops / tokens, cost.bytes_accessed / tokens
-  floor = (
-    bench_linear_floor.backward if backward else bench_linear_floor.forward
-  )
+  floor = floors.backward if backward else floors.forward
   floor_flops = floor(case.op, CHUNK, case.key, case.value)
   bound = lambda flops, size: (
     1e9 * max(flops / chip.flops, size / chip.bandwidth)

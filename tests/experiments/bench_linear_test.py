@@ -11,17 +11,12 @@ import numpy as np
 import pytest
 
 import kernels_pallas
-from experiments import (
-  bench_linear,
-  bench_linear_cases,
-  bench_linear_floor,
-  bench_linear_worker,
-  errors,
-)
+from experiments import bench_linear, errors
+from experiments.linear import cases, floors, worker
 from jaxlib_ext import records
 from tests.experiments import runs
 
-TINY = bench_linear_cases.Shape(1, 40, 2, 8, 8)
+TINY = cases.Shape(1, 40, 2, 8, 8)
 
 
 def _nested(params):
@@ -102,9 +97,9 @@ def _textbook(op, invert, states, q, k, v, log_decay, **gates):
 @pytest.mark.parametrize("op", ["mdn", "gdn", "linear"])
 def test_forward_floor_is_the_count_of_the_published_form(op):
   size = 16
-  shape = bench_linear_cases.Shape(1, size, 1, 6, 10)
+  shape = cases.Shape(1, size, 1, 6, 10)
   with jax.enable_x64(True):
-    arrays, (_, *states) = bench_linear_cases.make(op, shape, "float64")
+    arrays, (_, *states) = cases.make(op, shape, "float64")
     states = tuple(jnp.asarray(x, float) for x in states)
     rows = {name: jnp.asarray(x[0, :, 0], float) for name, x in arrays.items()}
     run = lambda invert: _textbook(
@@ -112,7 +107,7 @@ def test_forward_floor_is_the_count_of_the_published_form(op):
     )
     got = run(lambda lower: jnp.linalg.inv(jnp.eye(size) + lower))
     want = jax.tree.leaves(
-      bench_linear_cases.OPS[op][0](
+      cases.OPS[op][0](
         **arrays,
         scale=1.0,
         initial_state=(
@@ -126,29 +121,27 @@ def test_forward_floor_is_the_count_of_the_published_form(op):
       np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
     # The inverse has a count of its own.
     counted = matmul_flops(jax.make_jaxpr(lambda: run(lambda x: x))().jaxpr)
-  floor = bench_linear_floor.forward(op, size, shape.key, shape.value)
+  floor = floors.forward(op, size, shape.key, shape.value)
   if op != "linear":
-    floor -= bench_linear_floor.inverse(size)
+    floor -= floors.inverse(size)
   assert counted == size * floor
 
 
-@pytest.mark.parametrize("op", bench_linear_cases.OPS)
+@pytest.mark.parametrize("op", cases.OPS)
 @pytest.mark.parametrize("size", [32, 64])
 def test_nothing_goes_below_the_floor(op, size):
-  shape = bench_linear_cases.Shape(1, 256, 2, 64, 64)
-  arrays, cotangents = bench_linear_cases.make(op, shape, "float32")
+  shape = cases.Shape(1, 256, 2, 64, 64)
+  arrays, cotangents = cases.make(op, shape, "float32")
   run = lambda arrays: tuple(
     jax.tree.leaves(
-      bench_linear_cases.OPS[op][0](
-        **arrays, implementation="xla", chunk_size=size
-      )
+      cases.OPS[op][0](**arrays, implementation="xla", chunk_size=size)
     )
   )
   gradient = lambda arrays: jax.vjp(run, arrays)[1](cotangents)
-  floor = bench_linear_floor.forward(op, size, shape.key, shape.value)
+  floor = floors.forward(op, size, shape.key, shape.value)
   for f, more in (
     (run, 0),
-    (gradient, bench_linear_floor.backward(op, size, shape.key, shape.value)),
+    (gradient, floors.backward(op, size, shape.key, shape.value)),
   ):
     counted = matmul_flops(jax.make_jaxpr(f)(arrays).jaxpr)
     # Up to three times as many: per-channel decay has log2 C scores, and
@@ -158,35 +151,35 @@ def test_nothing_goes_below_the_floor(op, size):
 
 def test_inverse_counts_triples_and_halves():
   triples = sum(1 for i in range(16) for k in range(i) for _ in range(k))
-  assert 16 * bench_linear_floor.inverse(16) == 2 * triples
+  assert 16 * floors.inverse(16) == 2 * triples
   # 16 to 32: per pair of blocks two products of 16 x 16 matrices.
-  joined = 32 * bench_linear_floor.inverse(32)
+  joined = 32 * floors.inverse(32)
   assert joined == 2 * (2 * triples) + 2 * 2 * 16**3
 
 
 def test_arrays_fit_their_op():
-  arrays, cotangents = bench_linear_cases.make("mdn", TINY, "bfloat16")
+  arrays, cotangents = cases.make("mdn", TINY, "bfloat16")
   assert list(arrays)[3:] == ["log_decay", "log_momentum", "beta", "eta"]
   assert arrays["q"].dtype == cotangents[0].dtype == jnp.bfloat16
   assert arrays["eta"].dtype == cotangents[1].dtype == jnp.float32
-  cut, first = bench_linear_cases.first_tokens((arrays, cotangents), 16)
+  cut, first = cases.first_tokens((arrays, cotangents), 16)
   assert cut["v"].shape == first[0].shape == (1, 16, 2, 8)
   assert first[1].shape == (1, 2, 8, 8)
 
 
 def test_scan_is_differentiated_only_where_it_fits():
-  for name in bench_linear_cases.CPU_SHAPES:
-    shape = bench_linear_cases.SHAPES[name]
-    assert bench_linear_cases.scan_length("mdn", shape) == shape.length
-  large = bench_linear_cases.SHAPES["B1_T8192_H96_D128"]
-  assert bench_linear_cases.scan_length("mdn", large) == 128
+  for name in cases.CPU_SHAPES:
+    shape = cases.SHAPES[name]
+    assert cases.scan_length("mdn", shape) == shape.length
+  large = cases.SHAPES["B1_T8192_H96_D128"]
+  assert cases.scan_length("mdn", large) == 128
 
 
 def test_values_must_agree_to_rounding():
   want = {"o": np.array([1.0, -4.0]), "dq": np.array([2.0, 1.0])}
   off = lambda o, dq: {"o": want["o"] + o, "dq": want["dq"] + dq}
-  judge = lambda got: bench_linear_cases.disagreement(
-    bench_linear_cases.largest_errors(got, want), "float32"
+  judge = lambda got: cases.disagreement(
+    cases.largest_errors(got, want), "float32"
   )
   assert judge(off(7e-5, 3e-4)) is None
   assert "o differs by 2.5e-05" in judge(off(1e-4, 0))
@@ -196,7 +189,7 @@ def test_values_must_agree_to_rounding():
 
 def test_judge_takes_ratios_round_by_round():
   turns = {"reference": [4.0, 9.0, 2.0], "xla/16": [2.0, 3.0, 4.0]}
-  rate = 16 * TINY.token_heads * bench_linear_floor.forward("gdn", 16, 8, 8)
+  rate = 16 * TINY.token_heads * floors.forward("gdn", 16, 8, 8)
   out = bench_linear.judge("gdn", TINY, {"forward": turns}, rate)
   assert out["floor"]["forward"] == {"xla/16": 1 / 16}
   assert out["of_floor"]["forward"] == {"xla/16": 48}
@@ -216,7 +209,7 @@ def quick():
 @pytest.fixture
 def flags(monkeypatch, tmp_path, quick):
   """What main reads, small."""
-  monkeypatch.setitem(bench_linear_cases.SHAPES, "tiny", TINY)
+  monkeypatch.setitem(cases.SHAPES, "tiny", TINY)
   values = types.SimpleNamespace(
     ops=["linear"],
     shapes=["tiny"],
@@ -253,7 +246,7 @@ def test_main_checks_times_and_records(flags, capsys):
 
 def test_gradients_are_compared_where_the_scan_has_them(quick, monkeypatch):
   # 1024 bytes a token: half of TINY's 40 tokens.
-  monkeypatch.setattr(bench_linear_cases, "_SCAN_BYTES", 20 * 1024)
+  monkeypatch.setattr(cases, "_SCAN_BYTES", 20 * 1024)
   record = bench_linear.measure("linear", TINY, ["xla/16"], rounds=1)
   assert set(record["errors"]["xla/16"]) >= {"o", "state0", "dq"}
   assert set(record["seconds"]["forward"]) == {"reference", "xla/16"}
@@ -263,7 +256,7 @@ def test_gradients_are_compared_where_the_scan_has_them(quick, monkeypatch):
 
 
 def test_main_times_nothing_that_disagrees(flags, capsys, monkeypatch):
-  monkeypatch.setitem(bench_linear_cases.TOLERANCES, "float32", (0.0, 0.0))
+  monkeypatch.setitem(cases.TOLERANCES, "float32", (0.0, 0.0))
   with pytest.raises(SystemExit, match="differs by .* no time is taken"):
     bench_linear.main()
   assert not capsys.readouterr().out
@@ -310,19 +303,17 @@ def test_peer_gets_its_own_names(monkeypatch, tmp_path, quick):
 
   ops = types.SimpleNamespace(linear_attention=linear_attention)
   monkeypatch.setitem(sys.modules, "jla", types.SimpleNamespace(ops=ops))
-  monkeypatch.setattr(
-    bench_linear_worker.host_memory, "keep_freed", lambda: None
-  )
-  arrays, cotangents = bench_linear_cases.make("gdn", TINY, "bfloat16")
+  monkeypatch.setattr(worker.host_memory, "keep_freed", lambda: None)
+  arrays, cotangents = cases.make("gdn", TINY, "bfloat16")
   path = str(tmp_path / "problem.npz")
-  dtypes = bench_linear_worker.save(path, arrays, cotangents)
-  side = bench_linear_worker.peer("gdn", path, dtypes)
+  dtypes = worker.save(path, arrays, cotangents)
+  side = worker.peer("gdn", path, dtypes)
   assert given == {"kind": "gated_deltanet", "impl": "chunked", "state": True}
   run = lambda **arrays: kernels_pallas.gated_delta_rule(
     **arrays, implementation="reference"
   )
-  want = bench_linear_worker.Contender(run, arrays, cotangents).values()
-  answer = bench_linear_worker.answer
+  want = worker.Contender(run, arrays, cotangents).values()
+  answer = worker.answer
   saved = answer(side, {"do": "values", "path": str(tmp_path / "out.npz")})
   with np.load(saved) as got:
     assert set(got) == set(want)

@@ -11,14 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import (
-  data,
-  errors,
-  linear_lm,
-  linear_runs,
-  linear_tasks,
-  synthetic,
-)
+from experiments import data, errors, linear_lm
+from experiments.linear import learner as learner_lib
+from experiments.linear import synthetic
+from experiments.linear import tasks as task_lib
 from jaxlib_ext import config as config_lib
 from jaxlib_ext import records, specs
 from models import transformer
@@ -46,7 +42,7 @@ class Bar:
 def quick_compilation():
   """Compilation is most of the time here: done once, and in a hurry."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(linear_runs, "Learner", functools.cache(linear_runs.Learner))
+    patch.setattr(learner_lib, "Learner", functools.cache(learner_lib.Learner))
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -55,7 +51,7 @@ def quick_compilation():
 @pytest.fixture(scope="module")
 def small():
   """A task of a second."""
-  task = linear_tasks.get("mqar", 4)
+  task = task_lib.get("mqar", 4)
   return dataclasses.replace(
     task,
     model=dict(d_model=8, num_layers=1, num_heads=1, d_ff=64),
@@ -70,39 +66,39 @@ def small():
 def learner(small):
   """One compiled model for several tests, and its data."""
   source = small.load(None)
-  target = linear_runs.target_size(small, source.vocab_size)
-  cfg = linear_runs.matched(small, {}, source.vocab_size, target)
-  return linear_runs.Learner(cfg, small.training), source
+  target = learner_lib.target_size(small, source.vocab_size)
+  cfg = learner_lib.matched(small, {}, source.vocab_size, target)
+  return learner_lib.Learner(cfg, small.training), source
 
 
-@pytest.mark.parametrize("name", linear_tasks.TASKS)
+@pytest.mark.parametrize("name", task_lib.TASKS)
 def test_sizes_agree_to_a_percent(name):
-  task = linear_tasks.get(name)
+  task = task_lib.get(name)
   vocab_size = task.source.vocab_size if task.source else 1024
-  target = linear_runs.target_size(task, vocab_size)
+  target = learner_lib.target_size(task, vocab_size)
   mixers = [*EVERY, "gdn+full"] if task.model["num_layers"] >= 4 else EVERY
   for mixer in mixers:
-    cfg = linear_runs.matched(task, linear_lm.fields(mixer), vocab_size, target)
+    cfg = learner_lib.matched(task, linear_lm.fields(mixer), vocab_size, target)
     size = specs.count(transformer.param_specs(cfg))
     assert abs(size - target) <= 0.01 * target, mixer
 
 
 def test_sizes_that_cannot_agree_are_refused(small):
   task = dataclasses.replace(small, model={**small.model, "d_ff": 4})
-  target = linear_runs.target_size(task, 7)
+  target = learner_lib.target_size(task, 7)
   with pytest.raises(errors.UserError, match="--mixers: kda has .* too far"):
-    linear_runs.matched(task, {"mixers": ("kda",)}, 7, target)
+    learner_lib.matched(task, {"mixers": ("kda",)}, 7, target)
 
 
 def test_state_bytes():
   """Of softmax by hand; of linear mixers whatever the length."""
   cfg = transformer.Config(d_model=32, num_layers=3, num_heads=2)
-  assert linear_runs.state_bytes(cfg, 50) == 3 * 2 * 50 * 32 * 4
+  assert learner_lib.state_bytes(cfg, 50) == 3 * 2 * 50 * 32 * 4
   sizes = {}
   for mixer in ("gdn", "mdn"):
     cfg = dataclasses.replace(cfg, mixers=(mixer,))
-    sizes[mixer] = linear_runs.state_bytes(cfg, 50)
-    assert linear_runs.state_bytes(cfg, 5000) == sizes[mixer]
+    sizes[mixer] = learner_lib.state_bytes(cfg, 50)
+    assert learner_lib.state_bytes(cfg, 5000) == sizes[mixer]
   tails, memory = 3 * 3 * 3 * 32 * 4, 3 * 2 * 16 * 16 * 4
   assert sizes == {"gdn": tails + memory, "mdn": tails + 2 * memory}
 
@@ -155,9 +151,9 @@ def test_text_shifts_by_one():
   tokenizer = type("T", (), {"vocab_size": 100})()
   corpus = data.Corpus(tokens, tokens[:12], tokenizer, "0", {})
   training = dataclasses.replace(
-    linear_tasks.get("text").training, batch_size=2, seq_len=5
+    task_lib.get("text").training, batch_size=2, seq_len=5
   )
-  text = linear_tasks.Text(corpus, training)
+  text = task_lib.Text(corpus, training)
   batch = text.batch(0, 7)
   np.testing.assert_array_equal(batch.targets, batch.tokens + 1)
   assert batch.tokens.shape == (2, 5) and np.all(batch.weights == 1)
@@ -202,7 +198,7 @@ def options(path, **changes):
 
 
 def test_the_comparison_resumes(tmp_path, small, monkeypatch, capsys):
-  monkeypatch.setitem(linear_tasks.TASKS, "mqar", small)
+  monkeypatch.setitem(task_lib.TASKS, "mqar", small)
   settings = options(tmp_path)
   linear_lm.compare(settings)
   table = capsys.readouterr().out
@@ -289,8 +285,8 @@ def test_bad_flags_get_one_line(tmp_path):
 
 
 def test_settings_are_plain_json():
-  for name in linear_tasks.TASKS:
-    task = linear_tasks.get(name, 30)
+  for name in task_lib.TASKS:
+    task = task_lib.get(name, 30)
     settings = config_lib.to_dict(task.training)
     assert json.loads(json.dumps(settings)) == settings
     assert settings["steps"] == 30 and settings["eval_every"] == 3

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import kernels_pallas
-from experiments import linear_coefficients, linear_stability
+from experiments import linear_stability
+from experiments.linear import coefficients
 from jaxlib_ext import records
 from kernels_pallas.linear import chunk
 
@@ -98,11 +99,11 @@ def test_running_gain_is_that_of_products():
 
 def test_both_forms_are_the_library_s_coefficients():
   # The log-space form's 1e-6 beside beta is part of it: beta far above.
-  gates = linear_coefficients.constant(-0.05, -0.02)
+  gates = coefficients.constant(-0.05, -0.02)
   gates = gates._replace(beta=0.5 + gates.beta / 2)
   with jax.enable_x64(True):
     column = lambda x: jnp.asarray(x)[:, None]
-    ones = jnp.ones((linear_coefficients.CHUNK, 1))
+    ones = jnp.ones((coefficients.CHUNK, 1))
     system = chunk.scalar_system(
       ones,
       ones,
@@ -113,22 +114,18 @@ def test_both_forms_are_the_library_s_coefficients():
       delta=True,
     )
     want = np.asarray(system.at)
-  product = linear_coefficients.product_form(gates)
+  product = coefficients.product_form(gates)
   np.testing.assert_allclose(product, want, rtol=1e-13)
-  log_space = linear_coefficients.log_space_form(gates)
+  log_space = coefficients.log_space_form(gates)
   np.testing.assert_allclose(log_space, want, rtol=3e-6)
 
 
 def test_float32_errors():
-  mild = linear_coefficients.float32_errors(
-    linear_coefficients.constant(-0.05, -0.02)
-  )
+  mild = coefficients.float32_errors(coefficients.constant(-0.05, -0.02))
   # A sum of 64 exponents and one of 64 terms, each rounded by 2**-24.
   assert mild["product"]["error"] < 64 * 2.0**-24
   assert 1e-5 < mild["log-space"]["error"] < 1e-2
-  hard = linear_coefficients.float32_errors(
-    linear_coefficients.constant(-4.0, -0.1)
-  )
+  hard = coefficients.float32_errors(coefficients.constant(-4.0, -0.1))
   assert hard["product"]["error"] < 128 * 2.0**-24
   assert hard["product"]["zeros"] == hard["product"]["not_finite"] == 0
   assert hard["log-space"]["error"] == np.inf

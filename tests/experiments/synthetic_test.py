@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from experiments import synthetic
+from experiments.linear import synthetic
 
 RECALLS = [
   synthetic.Recall(seq_len=40, levels=(2, 5, 10), keys=12, values=9),

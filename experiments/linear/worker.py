@@ -131,7 +131,7 @@ class Peer(workers.Worker):
     path = str(directory / "problem.npz")
     dtypes = save(path, arrays, cotangents)
     super().__init__(
-      "experiments.bench_linear_worker",
+      "experiments.linear.worker",
       python,
       directory / "peer.log",
       op=op,

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import configs, data, errors, synthetic
+from experiments import configs, data, errors
+from experiments.linear import synthetic
 from jaxlib_ext import config as config_lib
 
 Batch = synthetic.Batch
@@ -55,7 +56,7 @@ def _shifted(tokens: np.ndarray, weights: np.ndarray) -> Batch:
 
 
 class Synthetic:
-  """A task of `experiments.synthetic`."""
+  """A task of `experiments.linear.synthetic`."""
 
   def __init__(
     self,

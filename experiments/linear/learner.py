@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 import optim
-from experiments import configs, errors, linear_tasks, optimizers, trainer
+from experiments import configs, errors, optimizers, trainer
+from experiments.linear import tasks as task_lib
 from jaxlib_ext import specs
 from models import losses, transformer
 
@@ -36,14 +37,14 @@ def _config(task, fields, vocab_size, d_ff) -> transformer.Config:
   return transformer.Config(**{**base, **fields, "d_ff": d_ff})
 
 
-def target_size(task: linear_tasks.Task, vocab_size: int) -> int:
+def target_size(task: task_lib.Task, vocab_size: int) -> int:
   """How many parameters every mixer gets: those of softmax attention."""
   cfg = _config(task, {}, vocab_size, task.model["d_ff"])
   return specs.count(transformer.param_specs(cfg))
 
 
 def matched(
-  task: linear_tasks.Task,
+  task: task_lib.Task,
   fields: dict[str, Any],
   vocab_size: int,
   target: int,
@@ -76,7 +77,7 @@ def matched(
 
 
 def check_depth(
-  task: linear_tasks.Task, mixer: str, mixers: tuple[str, ...]
+  task: task_lib.Task, mixer: str, mixers: tuple[str, ...]
 ) -> None:
   """Refuses a pattern that the model has too few layers for.
 
@@ -148,7 +149,7 @@ class Learner:
     )
 
   def evaluate(
-    self, params: Any, batches: Iterator[tuple[str, linear_tasks.Batch]]
+    self, params: Any, batches: Iterator[tuple[str, task_lib.Batch]]
   ) -> dict[str, Any]:
     """Held-out nats per answer, and the share of right ones by level."""
     sums = collections.defaultdict(lambda: jnp.zeros(3))
@@ -163,7 +164,7 @@ class Learner:
 
   def run(
     self,
-    source: linear_tasks.Text | linear_tasks.Synthetic,
+    source: task_lib.Text | task_lib.Synthetic,
     rate: float,
     seed: int,
     bar: Any,

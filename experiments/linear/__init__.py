@@ -1,0 +1,1 @@
+"""What the mains about linear attention share: cases, tasks, pictures."""
