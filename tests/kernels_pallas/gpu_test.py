@@ -34,6 +34,7 @@ def compare(name, arrays, ids, dtype, bounds, shape=SHAPE, size=SIZE):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases.MEMBERS)
 def test_members(name):
   arrays = cases.make(cases.MEMBERS[name], SHAPE)
@@ -72,6 +73,7 @@ LENGTHS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", LENGTHS)
 def test_lengths_without_segments(t):
   name, sizes = LENGTHS[t]

@@ -37,6 +37,7 @@ def problem(name, dtype):
   return member.op, arrays, cotangents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name,segments",
   [("ssd", "some"), ("gla", "none"), ("gdn", "every"), ("kda", "some")]
@@ -66,6 +67,7 @@ def test_splits_of_bfloat16():
   assert got[0][0].dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name,segments",
   [("gdn", "some"), ("kda", "every"), ("mdn", "none"), ("mdn", "some")],

@@ -56,6 +56,7 @@ def compare(name, arrays, ids, dtype, bounds, shape=SHAPE, **options):
   return cases.compare(name, arrays, ids, dtype, bounds, shape, **options)
 
 
+@pytest.mark.slow
 @members
 @wide
 def test_float64(name, options):
@@ -96,6 +97,7 @@ LENGTHS = {
 }
 
 
+@pytest.mark.slow
 @implementations
 @pytest.mark.parametrize("t", LENGTHS)
 @pytest.mark.parametrize("name", ["kda", "mdn"])

@@ -47,6 +47,7 @@ def two_heads(monkeypatch):
   monkeypatch.setattr(tpu_plan, "_MAX_HEADS", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases.MEMBERS)
 def test_members(name):
   arrays = cases.make(cases.MEMBERS[name], SHAPE)
@@ -91,6 +92,7 @@ LENGTHS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", LENGTHS)
 def test_lengths_without_segments(t):
   name, sizes = LENGTHS[t]
