@@ -56,13 +56,6 @@ def _tokens(cfg: transformer.Config, length: int) -> jax.Array:
   return jnp.asarray(rng.integers(0, cfg.vocab_size, (1, length)), jnp.int32)
 
 
-def cache_bytes(cfg: transformer.Config, length: int) -> int:
-  """What one sequence of a length needs to go on."""
-  cache = jax.eval_shape(lambda: decode.init_cache(cfg, 1, length))
-  states = jax.tree.leaves(cache.states)
-  return sum(x.size * x.dtype.itemsize for x in states)
-
-
 class Side:
   """One model of random parameters.
 
@@ -180,7 +173,7 @@ def measure(
         {
           "length": length,
           "mixer": m,
-          "cache_bytes": cache_bytes(cfgs[m], length),
+          "cache_bytes": decode.cache_bytes(cfgs[m], length),
           "prefill": bench_train.spread([length / s for s in prefill]),
           "decode": bench_train.spread([1 / s for s in each]),
           "seconds": {"prefill": prefill, "decode": each},
@@ -246,10 +239,7 @@ def draw(record: Mapping[str, Any], path: pathlib.Path) -> None:
     ax.minorticks_off()
     ax.grid(alpha=0.3)
   axes[0].legend(fontsize=8)
-  for suffix, metadata in ((".png", {}), (".svg", {"Date": None})):
-    part = path.with_suffix(".part" + suffix)
-    figure.savefig(part, dpi=110, metadata=metadata)
-    os.replace(part, path.with_suffix(suffix))
+  reports.save_figure(figure, path, dpi=110)
   pyplot.close(figure)
 
 

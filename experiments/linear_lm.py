@@ -255,8 +255,7 @@ def plot(
     axes.set_title(f"{task.title}: mean of {n} seeds, band from least to most")
     axes.grid(alpha=0.3)
     axes.legend()
-    for suffix, metadata in ((".png", None), (".svg", {"Date": None})):
-      figure.savefig(path.with_suffix(suffix), dpi=120, metadata=metadata)
+    reports.save_figure(figure, path, dpi=120)
     pyplot.close(figure)
 
 

@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -57,6 +58,25 @@ def bytes_text(count: float) -> str:
   return f"{count:.1f} {unit}" if power else f"{count:.0f} {unit}"
 
 
+def save_figure(
+  figure: Any,
+  path: str | os.PathLike,
+  *,
+  dpi: int,
+  suffixes: Sequence[str] = (".png", ".svg"),
+) -> None:
+  """Writes `path` with each suffix, whole or not at all.
+
+  Without a date, so that the same figure gives the same bytes.
+  """
+  path = pathlib.Path(path)
+  for suffix in suffixes:
+    part = path.with_suffix(f".part{suffix}")
+    metadata = {"Date": None} if suffix == ".svg" else None
+    figure.savefig(part, dpi=dpi, metadata=metadata)
+    os.replace(part, path.with_suffix(suffix))
+
+
 def plot_loss(
   path: str | os.PathLike,
   metrics: list[dict[str, Any]],
@@ -90,9 +110,7 @@ def plot_loss(
   axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
   axes.grid(alpha=0.3)
   axes.legend()
-  part = pathlib.Path(path).with_suffix(".part.png")
-  figure.savefig(part, dpi=120)
-  os.replace(part, path)
+  save_figure(figure, path, dpi=120, suffixes=(".png",))
   pyplot.close(figure)
 
 

@@ -70,6 +70,12 @@ def init_cache(cfg: config_lib.Config, batch: int, max_length: int) -> Cache:
   return Cache(states, jnp.zeros((), jnp.int32))
 
 
+def cache_bytes(cfg: config_lib.Config, length: int) -> int:
+  """Bytes of what is kept of one sequence of `length` tokens."""
+  cache = jax.eval_shape(lambda: init_cache(cfg, 1, length))
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.states))
+
+
 def decode_step(
   params: Any, cache: Cache, tokens_t: jax.Array, *, cfg: config_lib.Config
 ) -> tuple[jax.Array, Cache]:

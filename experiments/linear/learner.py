@@ -20,7 +20,7 @@ import optim
 from experiments import configs, errors, optimizers, trainer
 from experiments.linear import tasks as task_lib
 from jaxlib_ext import specs
-from models import losses, transformer
+from models import decode, losses, transformer
 
 # Everyone's, but for the learning rate.
 OPTIMIZER = optimizers.with_defaults(
@@ -90,12 +90,6 @@ def check_depth(
       f"--mixers: {mixer} needs {len(mixers)} layers, the models of task "
       f"{task.name} have {layers}"
     )
-
-
-def state_bytes(cfg: transformer.Config, length: int) -> int:
-  """What a decoder keeps of one sequence of `length` tokens."""
-  cache = jax.eval_shape(lambda: transformer.init_cache(cfg, 1, length))
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.states))
 
 
 class Learner:
@@ -203,7 +197,7 @@ class Learner:
         break
     return {
       "parameters": specs.count(transformer.param_specs(self.cfg)),
-      "state_bytes": state_bytes(self.cfg, training.seq_len),
+      "state_bytes": decode.cache_bytes(self.cfg, training.seq_len),
       "tokens": step * training.batch_size * training.seq_len,
       "final_eval_loss": curve[-1]["eval_loss"],
       "accuracy": curve[-1]["accuracy"],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from experiments import reports
 
 _COLORS = {"unconstrained": "tab:red", "constrained": "tab:blue"}
 
@@ -29,10 +30,7 @@ def draw(arrays: Mapping[str, Any], path: pathlib.Path) -> None:
   for ax in axes.flat:
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7)
-  for suffix, metadata in ((".png", {}), (".svg", {"Date": None})):
-    part = path.with_suffix(".part" + suffix)
-    figure.savefig(part, dpi=110, metadata=metadata)
-    os.replace(part, path.with_suffix(suffix))
+  reports.save_figure(figure, path, dpi=110)
   pyplot.close(figure)
 
 

@@ -19,11 +19,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from kernels_pallas.linear import chunk
+from kernels_pallas.linear import chunk, pieces
 from kernels_pallas.linear.gpu_plan import Plan
 
 Columns = chunk.Columns
@@ -98,14 +97,6 @@ def backward(
   return _call(_backward_kernel, walk, do, dstate, outputs, plan, name)
 
 
-def _head(x: jax.Array) -> jax.Array:
-  """float32 `x`, rounded to the digits of bfloat16."""
-  # By hand: XLA may drop a conversion to bfloat16 and back.
-  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-  bits = (bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000)
-  return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
 def split(x: jax.Array, plan: Plan) -> jax.Array:
   """`x` as a sum of `plan.parts` arrays, stacked in front, the largest first.
 
@@ -114,7 +105,7 @@ def split(x: jax.Array, plan: Plan) -> jax.Array:
   """
   parts = []
   for _ in range(plan.parts - 1):
-    parts.append(_head(x))
+    parts.append(pieces.head(x))
     x = x - parts[-1]
   return jnp.stack([x.astype(plan.operand) for x in (*parts, x)])
 
@@ -248,7 +239,7 @@ class _Chunk:
 
     def passes(j, carry):
       total, rest = carry
-      head = _head(rest)
+      head = pieces.head(rest)
       add = lambda i, total: (
         total + chunk.dot(self._part(name, i), head.astype(jnp.bfloat16), ta=ta)
       )

@@ -1,6 +1,6 @@
-"""Float32 products from bfloat16 pieces, for a TPU's matrix units.
+"""Float32 products from bfloat16 pieces, for matrix units.
 
-These multiply bfloat16; a float32 product in full precision is six of theirs,
+A TPU's multiply bfloat16; a float32 product in full precision is six of theirs,
 of three pieces of each operand. Fewer do where an operand needs one piece
 only, or where the product is of what was rounded to bfloat16 before.
 """
@@ -16,17 +16,22 @@ import numpy as np
 from kernels_pallas.linear import chunk
 
 
-def split(x: jax.Array, count: int) -> list[jax.Array]:
-  """Float32 as the sum of bfloat16 pieces: three hold every bit, two 16.
+def head(x: jax.Array) -> jax.Array:
+  """Float32 `x`, rounded to the digits of bfloat16.
 
-  Rounds by integer operations, which no compiler simplifies away as it may a
+  By integer operations, which no compiler simplifies away as it may a
   conversion there and back.
   """
+  bits = jax.lax.bitcast_convert_type(x, jnp.int32) + np.int32(2**15)
+  bits &= np.int32(-(2**16))
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def split(x: jax.Array, count: int) -> list[jax.Array]:
+  """Float32 as the sum of bfloat16 pieces: three hold every bit, two 16."""
   out = []
   for _ in range(count):
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32) + np.int32(2**15)
-    bits &= np.int32(-(2**16))
-    piece = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    piece = head(x)
     out.append(piece.astype(jnp.bfloat16))
     x = x - piece
   return out

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import bench_decode, errors
 from jaxlib_ext import records
-from models import transformer
+from models import decode, transformer
 
 TINY = transformer.Config(
   vocab_size=32, d_model=16, num_layers=1, num_heads=1, d_ff=16
@@ -60,7 +60,7 @@ def test_main(flags, capsys):
 def test_only_softmax_grows():
   for mixer, ratio in (("full", 4), ("gdn", 1), ("mamba2", 1)):
     cfg = dataclasses.replace(TINY, mixers=(mixer,))
-    size = bench_decode.cache_bytes
+    size = decode.cache_bytes
     assert size(cfg, 64) == ratio * size(cfg, 16)
 
 

@@ -17,7 +17,7 @@ from experiments.linear import synthetic
 from experiments.linear import tasks as task_lib
 from jaxlib_ext import config as config_lib
 from jaxlib_ext import records, specs
-from models import transformer
+from models import decode, transformer
 from tests.experiments import runs
 
 EVERY = [*linear_lm.MIXERS, "gla", "linear"]
@@ -93,12 +93,12 @@ def test_sizes_that_cannot_agree_are_refused(small):
 def test_state_bytes():
   """Of softmax by hand; of linear mixers whatever the length."""
   cfg = transformer.Config(d_model=32, num_layers=3, num_heads=2)
-  assert learner_lib.state_bytes(cfg, 50) == 3 * 2 * 50 * 32 * 4
+  assert decode.cache_bytes(cfg, 50) == 3 * 2 * 50 * 32 * 4
   sizes = {}
   for mixer in ("gdn", "mdn"):
     cfg = dataclasses.replace(cfg, mixers=(mixer,))
-    sizes[mixer] = learner_lib.state_bytes(cfg, 50)
-    assert learner_lib.state_bytes(cfg, 5000) == sizes[mixer]
+    sizes[mixer] = decode.cache_bytes(cfg, 50)
+    assert decode.cache_bytes(cfg, 5000) == sizes[mixer]
   tails, memory = 3 * 3 * 3 * 32 * 4, 3 * 2 * 16 * 16 * 4
   assert sizes == {"gdn": tails + memory, "mdn": tails + 2 * memory}
 

@@ -101,6 +101,17 @@ class Shape:
   v: int = 40
 
 
+# A member and sizes for lengths around a chunk, with 1, 2 and 3 value heads on
+# a key head.
+LENGTHS = {
+  1: ("mdn", dict(g=2, h=2, k=16, v=16)),
+  15: ("kda", dict(g=1, h=3, k=7, v=33)),
+  63: ("gdn", dict(g=1, h=2, k=20, v=8)),
+  64: ("mdn_erase", dict(g=2, h=2, k=33, v=7)),
+  65: ("gla", dict(g=1, h=1, k=1, v=1)),
+}
+
+
 def _unit(x):
   return x / np.linalg.norm(x, axis=-1, keepdims=True)
 

@@ -82,20 +82,10 @@ def test_float32_and_grid_steps_that_share_a_key_head():
   }
 
 
-# Lengths around a chunk, with 1, 2 and 3 value heads on a key head.
-LENGTHS = {
-  1: ("mdn", dict(g=2, h=2, k=16, v=16)),
-  15: ("kda", dict(g=1, h=3, k=7, v=33)),
-  63: ("gdn", dict(g=1, h=2, k=20, v=8)),
-  64: ("mdn_erase", dict(g=2, h=2, k=33, v=7)),
-  65: ("gla", dict(g=1, h=1, k=1, v=1)),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("t", LENGTHS)
+@pytest.mark.parametrize("t", cases.LENGTHS)
 def test_lengths_without_segments(t):
-  name, sizes = LENGTHS[t]
+  name, sizes = cases.LENGTHS[t]
   shape = cases.Shape(b=1, t=t, **sizes)
   arrays = cases.make(cases.MEMBERS[name], shape, seed=t)
   cases.compare(
