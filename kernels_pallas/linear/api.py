@@ -49,7 +49,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.linear import dispatch, problem, split
+from kernels_pallas import arguments, dispatch
+from kernels_pallas.linear import problem, split
 
 Implementation = dispatch.Implementation
 
@@ -82,7 +83,7 @@ def _run(
   """Checks the options, runs, and gives o the dtype of `v` as it was given."""
   length = inputs.q.shape[1]
   options = problem.Options(
-    scale=problem.check_scale(scale, inputs.q.shape[-1]),
+    scale=arguments.check_scale(scale, inputs.q.shape[-1]),
     delta=delta,
     chunk_size=problem.check_chunk_size(
       chunk_size, length, light=not delta and inputs.log_decay.ndim == 3
@@ -90,7 +91,7 @@ def _run(
     interpret=bool(interpret),
   )
   pieces = problem.check_num_splits(num_splits, length)
-  run = functools.partial(dispatch.run, implementation=implementation)
+  run = functools.partial(dispatch.run, "linear", implementation=implementation)
   if pieces > 1:
     run = functools.partial(split.run_split, run, pieces=pieces)
   if context_axis is None:

@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas import arguments
+
 CHUNK_SIZES = (16, 32, 64, 128, 256)
 # Sums of a chunk of such log gates are finite, and their exponentials 0.
 _LEAST_LOG = -1e30
@@ -80,27 +82,6 @@ class Options:
   interpret: bool | Any
 
 
-def floating(name: str, x: Any) -> jax.Array:
-  """`x` as an array; TypeError unless it is floating."""
-  x = jnp.asarray(x)
-  if not jnp.issubdtype(x.dtype, jnp.floating):
-    raise TypeError(f"{name} must be floating, got {x.dtype}")
-  return x
-
-
-def shaped(
-  name: str, x: Any, wanted: tuple[int, ...], letters: str
-) -> jax.Array:
-  """`x` as a floating array; ValueError unless its shape is `wanted`."""
-  x = floating(name, x)
-  if x.shape != wanted:
-    raise ValueError(
-      f"{name} must have the shape [{letters}] = {list(wanted)}, got "
-      f"{list(x.shape)}"
-    )
-  return x
-
-
 def _gate(
   name: str, x: Any, required: bool, channels: str, dims: tuple[int, ...]
 ) -> jax.Array | None:
@@ -111,8 +92,8 @@ def _gate(
     return None
   b, t, h, k = dims
   if channels == "always" or (channels == "allowed" and jnp.ndim(x) == 4):
-    return shaped(name, x, (b, t, h, k), "B, T, H, K")
-  return shaped(name, x, (b, t, h), "B, T, H")
+    return arguments.shaped(name, x, (b, t, h, k), "B, T, H, K")
+  return arguments.shaped(name, x, (b, t, h), "B, T, H")
 
 
 def _states(
@@ -122,14 +103,14 @@ def _states(
   if state is None:
     return None
   if not fields:
-    return (shaped(name, state, wanted, "B, H, K, V"),)
+    return (arguments.shaped(name, state, wanted, "B, H, K, V"),)
   if not isinstance(state, tuple) or len(state) != len(fields):
     raise TypeError(
       f"{name} must be a tuple ({', '.join(fields)}), got "
       f"{type(state).__name__}"
     )
   return tuple(
-    shaped(f"{name}.{field}", x, wanted, "B, H, K, V")
+    arguments.shaped(f"{name}.{field}", x, wanted, "B, H, K, V")
     for field, x in zip(fields, state, strict=True)
   )
 
@@ -172,10 +153,14 @@ def make_inputs(
     TypeError: naming the argument, for dtypes that are not allowed.
     ValueError: naming the argument, for shapes that do not fit.
   """
-  q, v = floating("q", q), floating("v", v)
+  q, v = arguments.floating("q", q), arguments.floating("v", v)
   b, t, g, h, size, value_size = sizes(q, v)
-  k = shaped("k", k, q.shape, "B, T, G, K")
-  p = None if p is None else shaped("erase_key", p, q.shape, "B, T, G, K")
+  k = arguments.shaped("k", k, q.shape, "B, T, G, K")
+  p = (
+    None
+    if p is None
+    else arguments.shaped("erase_key", p, q.shape, "B, T, G, K")
+  )
   gates = {
     name: _gate(
       name,
@@ -246,20 +231,6 @@ def sizes(q: jax.Array, v: jax.Array) -> tuple[int, int, int, int, int, int]:
       f"v must have a multiple of q's and k's {g} heads, got {h} heads"
     )
   return b, t, g, h, k, size
-
-
-def check_scale(scale: Any, key_size: int) -> float:
-  """`scale` as a float, K**-0.5 for None."""
-  if scale is None:
-    return key_size**-0.5
-  if isinstance(scale, bool) or not isinstance(
-    scale, int | float | np.integer | np.floating
-  ):
-    raise TypeError(
-      "scale must be a Python number (multiply q for a traced one), got "
-      f"{type(scale).__name__}"
-    )
-  return float(scale)
 
 
 def check_chunk_size(

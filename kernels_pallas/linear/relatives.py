@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import arguments
 from kernels_pallas.linear import api, problem, steps
 
 
@@ -45,8 +46,8 @@ def gdn2(
     o, `[B, T, H, V]`, and the final state `[B, H, K, V]`.
   """
   b, t, _, h, size, width = problem.sizes(q, v)
-  erase = problem.shaped("erase", erase, (b, t, h, size), "B, T, H, K")
-  write = problem.shaped("write", write, (b, t, h, width), "B, T, H, V")
+  erase = arguments.shaped("erase", erase, (b, t, h, size), "B, T, H, K")
+  write = arguments.shaped("write", write, (b, t, h, width), "B, T, H, V")
   args, erase_key = _gdn2(q, k, v, log_decay, erase, write, 2)
   o, state = api.kda(*args, erase_key=erase_key, **how)
   return o.astype(v.dtype), state
@@ -108,7 +109,7 @@ def rwkv7(
     o, `[B, T, H, V]`, and the final state `[B, H, K, V]`.
   """
   for name, x in (("k", k), ("a", a), ("b", b)):
-    problem.shaped(name, x, q.shape, "B, T, H, K")
+    arguments.shaped(name, x, q.shape, "B, T, H, K")
   zero_k, zero_v = jnp.zeros_like(k), jnp.zeros_like(v)
   pair = lambda first, second: _interleave((first, second))
   ids = how.pop("segment_ids", None)

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import arguments
 from kernels_pallas.linear import api, problem
 
 
@@ -188,7 +189,7 @@ def _step(vectors, gates, state, scale, *, delta, **how):
   inputs = problem.make_inputs(
     *vectors, gates, state=state, segment_ids=None, state_name="state", **how
   )
-  scale = problem.check_scale(scale, inputs.q.shape[-1])
+  scale = arguments.check_scale(scale, inputs.q.shape[-1])
   token = jax.tree.map(lambda x: x[:, 0], inputs._replace(state=None))
   o, state = _advance(token, inputs.state, scale, delta)
   return o.astype(jnp.result_type(vectors[3])), state

@@ -1,33 +1,39 @@
-"""Which implementation computes a problem."""
+"""Which implementation computes a problem, for every family of kernels.
+
+A family is a package of `kernels_pallas` whose modules `reference`, `xla`,
+`tpu` and `gpu` have `run(inputs, options)`; `options.interpret` says whether
+Pallas kernels are interpreted. A module says what it cannot do by
+NotImplementedError.
+"""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
-from kernels_pallas.linear import problem
-
-# Modules with `run(inputs, options) -> (o, state)`, imported when first used:
-# the Pallas back ends do not import on every installation.
+# Imported when first used: the Pallas back ends do not import on every
+# installation.
 _MODULES = {
-  "reference": "kernels_pallas.linear.reference",
-  "xla": "kernels_pallas.linear.xla",
-  "pallas_tpu": "kernels_pallas.linear.tpu",
-  "pallas_gpu": "kernels_pallas.linear.gpu",
+  "reference": "reference",
+  "xla": "xla",
+  "pallas_tpu": "tpu",
+  "pallas_gpu": "gpu",
 }
 _BACKENDS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 
 Implementation = str | Sequence[str] | None
-Result = tuple[jax.Array, tuple[jax.Array, ...]]
 
 
 def run(
-  inputs: problem.Inputs,
-  options: problem.Options,
+  family: str,
+  inputs: Any,
+  options: Any,
+  *,
   implementation: Implementation,
-) -> Result:
+) -> Any:
   """Runs the first of the named implementations that can.
 
   None is "xla" everywhere: a kernel becomes its platform's default once it
@@ -36,13 +42,14 @@ def run(
   lowered then fails when it is lowered.
 
   Args:
+    family: "linear" or "sparse".
     inputs: the arrays.
     options: the static choices.
     implementation: a name, a sequence of names in order of preference, or
       None.
 
   Returns:
-    o and the states.
+    What the family's `run` does.
 
   Raises:
     ValueError: for a name that does not exist.
@@ -53,7 +60,7 @@ def run(
     try:
       if len(names) > 1 and not options.interpret:
         _check_backend(name)
-      return _load(name).run(inputs, options)
+      return _load(family, name).run(inputs, options)
     except NotImplementedError as e:
       reasons.append(f"{name}: {e}")
   raise NotImplementedError("; ".join(reasons))
@@ -81,8 +88,8 @@ def _check_backend(name: str) -> None:
     raise NotImplementedError(f"the default backend is {backend}")
 
 
-def _load(name: str):
+def _load(family: str, name: str):
   try:
-    return importlib.import_module(_MODULES[name])
+    return importlib.import_module(f"kernels_pallas.{family}.{_MODULES[name]}")
   except ImportError as e:
     raise NotImplementedError(f"its module does not import ({e})") from e

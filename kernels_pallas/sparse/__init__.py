@@ -1,0 +1,1 @@
+"""Sparse attention: block lists, pooled tails, PISA and ISA."""

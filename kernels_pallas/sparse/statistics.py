@@ -1,0 +1,117 @@
+"""What a block of keys and values is pooled to, and for whom."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.sparse import blocks as block_lists
+from kernels_pallas.sparse import problem
+
+
+def split(x: jax.Array, size: int) -> jax.Array:
+  """`[..., N * size, width]` to `[..., N, size, width]`."""
+  *batch, length, width = x.shape
+  return x.reshape(*batch, length // size, size, width)
+
+
+def mean(x: jax.Array, lengths: jax.Array) -> jax.Array:
+  """Means over the first `lengths` rows of each block, 0 for none.
+
+  Args:
+    x: `[..., N, size, width]`, zero beyond the length.
+    lengths: int `[..., N]`.
+
+  Returns:
+    `[..., N, width]`, at least float32: a bfloat16 sum of 64 values would
+    lose three bits.
+  """
+  total = jnp.sum(x, axis=-2, dtype=jnp.promote_types(x.dtype, jnp.float32))
+  return total / jnp.maximum(lengths, 1)[..., None].astype(total.dtype)
+
+
+def centred(x: jax.Array, average: jax.Array, lengths: jax.Array) -> jax.Array:
+  """`x` less its block's mean, 0 beyond the length: `[..., N, size, width]`."""
+  real = jnp.arange(x.shape[-2]) < lengths[..., None]
+  return jnp.where(real[..., None], x - average[..., None, :], 0)
+
+
+def tail(exact: problem.Exact, options: problem.Options) -> problem.Tail | None:
+  """The pooled keys of a problem, None for the tail "drop".
+
+  Differentiable in `exact.k` and `exact.v`. Every statistic is centred before
+  it is multiplied, so that nothing cancels.
+
+  Args:
+    exact: the problem; keys and values are 0 beyond their block's length.
+    options: the static choices.
+
+  Returns:
+    The `Tail`.
+  """
+  if options.tail == "drop":
+    return None
+  lengths = exact.lengths
+  k, v = (split(x, options.block_kv) for x in (exact.k, exact.v))
+  mean_k, mean_v = mean(k, lengths), mean(v, lengths)
+  pooled = problem.Tail(mean_k, mean_v, bias(exact, options, mean_k.dtype))
+  if exact.kv_segments is not None:
+    pooled = pooled._replace(segments=block_segments(exact, options.block_kv))
+  if options.tail == "mean":
+    return pooled
+  deviation = centred(k.astype(mean_k.dtype), mean_k, lengths)
+  if options.tail == "mean_var":
+    return pooled._replace(variance=mean(jnp.square(deviation), lengths))
+  values = v.astype(mean_v.dtype)
+  count = jnp.maximum(lengths, 1).astype(mean_k.dtype)[..., None, None]
+  if options.tail == "mean_local":
+    local = jnp.einsum("bgnsk,bgnsv->bgnkv", deviation, values)
+    return pooled._replace(local=local / count)
+  if not options.causal:
+    total = jnp.sum(lengths, axis=-1).astype(mean_k.dtype)
+    slope = jnp.einsum("bgnsk,bgnsv->bgkv", deviation, values)
+    slope = slope / jnp.maximum(total, 1)[..., None, None]
+    return pooled._replace(slope=slope[:, :, None])
+  # Only what every query of the block may see: the blocks wholly before it.
+  local = jnp.einsum("bgnsk,bgnsv->bgnkv", deviation, values)
+  before = blocks_before(exact.counts.shape[2], lengths.shape[2], options)
+  first = lambda x: jnp.pad(
+    jnp.cumsum(x, axis=2), ((0, 0), (0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 3)
+  )
+  slope = first(local)[:, :, before]
+  total = first(lengths)[:, :, before].astype(slope.dtype)
+  return pooled._replace(slope=slope / jnp.maximum(total, 1)[..., None, None])
+
+
+def blocks_before(
+  num_q: int, num_kv: int, options: problem.Options
+) -> jax.Array:
+  """How many key blocks lie wholly before each query block: int `[NQ]`."""
+  starts = jnp.arange(num_q) * options.block_q
+  return jnp.minimum(starts // options.block_kv, num_kv)
+
+
+def bias(
+  exact: problem.Exact, options: problem.Options, dtype: jnp.dtype
+) -> jax.Array:
+  """`Tail.bias`: `[B, H, NQ, NK]` in `dtype`."""
+  num_q, num_kv = exact.counts.shape[2], exact.lengths.shape[2]
+  repeat = exact.counts.shape[1] // exact.lengths.shape[1]
+  lengths = jnp.repeat(exact.lengths, repeat, axis=1)[:, :, None]
+  hidden = block_lists.membership(exact.indices, exact.counts, num_kv)
+  hidden = hidden | (lengths == 0)
+  if options.causal:
+    before = blocks_before(num_q, num_kv, options)
+    hidden = hidden | (jnp.arange(num_kv) >= before[:, None])
+  log = jnp.log(jnp.maximum(lengths, 1).astype(dtype))
+  return jnp.where(hidden, problem.MASKED, log)
+
+
+def block_segments(exact: problem.Exact, block_kv: int) -> jax.Array:
+  """The segment of each key block, `MIXED` for several: int32 `[B, NK]`.
+
+  Keys beyond the end repeat the last one's segment.
+  """
+  ids = exact.kv_segments.reshape(exact.kv_segments.shape[0], -1, block_kv)
+  low, high = jnp.min(ids, axis=-1), jnp.max(ids, axis=-1)
+  return jnp.where(low == high, low, problem.MIXED)
