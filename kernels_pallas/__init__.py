@@ -25,3 +25,14 @@ from kernels_pallas.linear.steps import (
 from kernels_pallas.linear.steps import (
   momentum_delta_rule_step as momentum_delta_rule_step,
 )
+from kernels_pallas.sparse.api import (
+  block_sparse_attention as block_sparse_attention,
+)
+from kernels_pallas.sparse.blocks import BlockIndices as BlockIndices
+from kernels_pallas.sparse.piecewise import (
+  in_context_attention as in_context_attention,
+)
+from kernels_pallas.sparse.piecewise import (
+  piecewise_attention as piecewise_attention,
+)
+from kernels_pallas.sparse.select import select_blocks as select_blocks

@@ -1,0 +1,396 @@
+"""Which key blocks a query block should attend to exactly.
+
+Scores are those of mean queries with mean keys, `s q_i k_j`: one product of
+1 / (2 block_q block_kv) of dense attention's work. Blocks a query block may
+only see in part are always listed, because nothing can be pooled of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import arguments
+from kernels_pallas.sparse import api, core, problem, statistics
+from kernels_pallas.sparse import blocks as block_lists
+
+METHODS = ("topk", "threshold", "top_p")
+_ARGUMENT = {"topk": "density", "threshold": "tau", "top_p": "top_p"}
+# Added to a norm before its logarithm, as PISA does.
+_NORM_EPS = 1e-5
+_BITS = 32
+
+
+class Candidates(NamedTuple):
+  """What a query block may list.
+
+  Attributes:
+    scores: `[B, H, NQ, NK]`, float32 (float64 where q is).
+    allowed: bool, broadcastable to the scores: of which it sees some key.
+    forced: bool, likewise: which it must list; all allowed.
+  """
+
+  scores: jax.Array
+  allowed: jax.Array
+  forced: jax.Array
+
+
+def select_blocks(
+  q: jax.Array,
+  k: jax.Array,
+  *,
+  block_q: int = 64,
+  block_kv: int = 64,
+  method: str = "topk",
+  density: float | None = None,
+  tau: float | None = None,
+  top_p: float | None = None,
+  min_density: float = 0.0,
+  max_density: float = 1.0,
+  always: tuple[int | str, ...] = (),
+  causal: bool = False,
+  segment_ids: jax.Array | None = None,
+  covariance_aware: bool = False,
+  scale: float | None = None,
+  v: jax.Array | None = None,
+) -> block_lists.BlockIndices:
+  """Lists, for each query block and head, the key blocks to keep exact.
+
+  "topk" lists the `density` share of the blocks that a query block sees with
+  the highest scores (PISA). "threshold" lists those whose score exceeds the
+  row's mean by `tau` standard deviations, both from the mean and the
+  per-channel variance of the mean keys (the "diag" form of Sol-Attn,
+  arXiv:2607.24027): of Gaussian scores a share of 1 - Phi(tau). "top_p" lists
+  the fewest blocks with the share `top_p` of the softmax over blocks.
+
+  The shares `min_density` and `max_density` of what a row sees bound the last
+  two, the highest scores first; what exceeds the bound falls to the tail. A
+  list has at least one block and all that are forced, which count in its
+  share and may exceed it.
+
+  Args:
+    q: `[B, T, H, K]`.
+    k: `[B, S, G, K]`.
+    block_q: queries of a block.
+    block_kv: keys of a block.
+    method: "topk", "threshold" or "top_p".
+    density: of "topk", in (0, 1].
+    tau: of "threshold", in standard deviations.
+    top_p: of "top_p", in (0, 1].
+    min_density: of "threshold" and "top_p", in [0, 1].
+    max_density: of "threshold" and "top_p", in (0, 1]; with it falls M, and
+      with M the work of implementations that pad lists.
+    always: blocks that every list has: their numbers, from the end where
+      negative (0 is an attention sink's), and "diagonal" for those that
+      overlap the query block in position.
+    causal: whether a query sees no later key; the diagonal is then forced.
+    segment_ids: int `[B, T]`, as `block_sparse_attention` takes it; blocks
+      of several segments are forced where a query may see some of their
+      keys. Segments should be contiguous.
+    covariance_aware: adds log(||H_j||_F + 1e-5) to the scores, H_j the
+      covariance of a block's keys with its values times its length: blocks
+      that their mean describes badly come first (PISA, for images).
+    scale: of the scores; None is K**-0.5.
+    v: `[B, S, G, V]`, for `covariance_aware`.
+
+  Returns:
+    A `BlockIndices`, ascending, with the achieved density: the listed share
+    of the blocks that queries can see. It has no gradient.
+
+  Raises:
+    TypeError: naming the argument, for dtypes that are not allowed.
+    ValueError: naming the argument, for shapes and values that are not.
+  """
+  values = k if v is None else v
+  b, t, s, heads, groups = api.sizes(q, k, values)
+  scale = arguments.check_scale(scale, jnp.shape(q)[-1])
+  block_q = api.check_block("block_q", block_q)
+  block_kv = api.check_block("block_kv", block_kv)
+  causal = api.check_causal(causal, t, s)
+  segments = api.check_segments(segment_ids, b, t, s)
+  num_q = problem.num_blocks(t, block_q)
+  num_kv = problem.num_blocks(s, block_kv)
+  amount = _check_method(method, density, tau, top_p)
+  low = check_share("min_density", min_density, zero=True)
+  high = check_share("max_density", max_density)
+  if method == "topk" and (low, high) != (0.0, 1.0):
+    raise ValueError(
+      "min_density and max_density bound the methods threshold and top_p; "
+      "method topk has its density"
+    )
+  if low > high:
+    raise ValueError(
+      f"min_density must be at most max_density = {high}, got {low}"
+    )
+  if covariance_aware and v is None:
+    raise ValueError("covariance_aware needs v, got None")
+
+  q, k, values = (jax.lax.stop_gradient(x) for x in api.common(q, k, values))
+  options = problem.Options(scale, block_q, block_kv, causal=causal)
+  none = jnp.zeros((b, heads, num_q), jnp.int32)
+  exact = core.pad(
+    problem.Inputs(q, k, values, none[..., None], none, segments=segments),
+    options,
+  )
+  forced = _forced(always, num_q, num_kv, options, t)
+  share = amount if method == "topk" else high
+  longest = max(
+    1, _rounded(share, num_kv), _most_forced(forced, exact, options)
+  )
+  longest = min(int(longest), num_kv)
+  allowed, forced = _visibility(exact, options, t, forced)
+  mean_q = _mean_queries(exact, options, t)
+  mean_k = statistics.mean(statistics.split(exact.k, block_kv), exact.lengths)
+  scores = pooled_scores(mean_q, mean_k, scale)
+  bound = None
+  if method == "threshold":
+    bound = _gaussian_bound(mean_q, mean_k, allowed, scale, amount)
+  if covariance_aware:
+    spread = _spread(exact, mean_k, options)
+    repeat = heads // groups
+    scores = scores + jnp.repeat(spread, repeat, axis=1)[:, :, None]
+  candidates = Candidates(scores, allowed, forced)
+  if method == "topk":
+    return choose(candidates, longest, low=amount, high=amount)
+  if method == "threshold":
+    wanted = scores > bound
+  else:
+    wanted = _heaviest(candidates, amount)
+  return choose(candidates, longest, low=low, high=high, wanted=wanted)
+
+
+def _check_method(method, density, tau, top_p) -> float:
+  """The one amount that the method has."""
+  if method not in METHODS:
+    raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}")
+  given = {"density": density, "tau": tau, "top_p": top_p}
+  own = _ARGUMENT[method]
+  for name, value in given.items():
+    if (value is None) == (name == own):
+      raise ValueError(
+        f"method {method!r} needs {own} and no other amount, got {name}="
+        f"{value!r}"
+      )
+  if own == "tau":
+    if isinstance(tau, bool) or not isinstance(tau, int | float):
+      raise ValueError(f"tau must be a number, got {tau!r}")
+    return float(tau)
+  return check_share(own, given[own])
+
+
+def check_share(name: str, share: Any, *, zero: bool = False) -> float:
+  """A share as a float; ValueError unless it lies in (0, 1] (or [0, 1])."""
+  number = isinstance(share, int | float | np.integer | np.floating)
+  if (
+    isinstance(share, bool)
+    or not number
+    or not (0 < share <= 1 or (zero and share == 0))
+  ):
+    allowed = "[0, 1]" if zero else "(0, 1]"
+    raise ValueError(f"{name} must be a number in {allowed}, got {share!r}")
+  return float(share)
+
+
+def _forced(always, num_q, num_kv, options, length) -> np.ndarray:
+  """Which blocks `always` and causality force: bool [NQ, NK]."""
+  start = np.arange(num_q)[:, None] * options.block_q
+  stop = np.minimum(start + options.block_q, length)
+  first = np.arange(num_kv) * options.block_kv
+  overlap = (first < stop) & (first + options.block_kv > start)
+  forced = np.zeros((num_q, num_kv), bool)
+  if options.causal:
+    forced |= overlap
+  for entry in always:
+    if entry == "diagonal":
+      forced |= overlap
+    elif isinstance(entry, int) and -num_kv <= entry < num_kv:
+      forced[:, entry] = True
+    else:
+      raise ValueError(
+        "always must hold 'diagonal' and block numbers from "
+        f"{-num_kv} to {num_kv - 1}, got {entry!r}"
+      )
+  if options.causal:
+    forced &= first < stop
+  return forced
+
+
+def _most_forced(forced, exact, options) -> int:
+  """How many blocks a list may have to hold, whatever its share."""
+  most = int(forced.sum(axis=1).max())
+  if exact.q_segments is not None:
+    # Of contiguous segments a query block sees in part, beside the blocks at
+    # its own place, those where its first begins and where its last ends.
+    most += 2 + (options.block_q - 1) // options.block_kv + 2
+  return most
+
+
+def _rounded(share: float, number: Any) -> Any:
+  """floor(share * number), as if `share` were exact in decimal."""
+  return np.floor(np.asarray(number) * share + 1e-9).astype(np.int32)
+
+
+def _visibility(exact, options, length, forced):
+  """(allowed, forced) of `Candidates`."""
+  num_q, num_kv = forced.shape
+  allowed = np.ones_like(forced)
+  if options.causal:
+    stop = np.minimum((np.arange(num_q) + 1) * options.block_q, length)
+    allowed = np.arange(num_kv) * options.block_kv < stop[:, None]
+  if exact.q_segments is None:
+    return jnp.asarray(allowed)[None, None], jnp.asarray(forced)[None, None]
+
+  def ends(ids, size):
+    ids = ids.reshape(ids.shape[0], 1, -1, size)
+    return jnp.min(ids, axis=-1), jnp.max(ids, axis=-1)
+
+  q_low, q_high = ends(exact.q_segments, options.block_q)
+  low, high = ends(exact.kv_segments, options.block_kv)
+  meets = (low[:, :, None] <= q_high[..., None]) & (
+    high[:, :, None] >= q_low[..., None]
+  )
+  allowed = meets & allowed
+  return allowed, allowed & (forced | (low != high)[:, :, None])
+
+
+def _mean_queries(exact, options, length):
+  """Mean query of each block, at least float32: [B, H, NQ, K]."""
+  q = statistics.split(exact.q, options.block_q)
+  lengths = np.minimum(
+    options.block_q, length - np.arange(q.shape[2]) * options.block_q
+  )
+  return statistics.mean(q, jnp.asarray(lengths))
+
+
+def pooled_scores(
+  mean_q: jax.Array, mean_k: jax.Array, scale: float
+) -> jax.Array:
+  """`[B, H, NQ, K]` by `[B, G, NK, K]` to `[B, H, NQ, NK]`."""
+  b, h, num_q, size = mean_q.shape
+  g = mean_k.shape[1]
+  q = mean_q.reshape(b, g, h // g, num_q, size)
+  scores = jnp.einsum("bgrqk,bgjk->bgrqj", q, mean_k) * scale
+  return scores.reshape(b, h, num_q, -1)
+
+
+def _gaussian_bound(mean_q, mean_k, allowed, scale, tau):
+  """Row means plus tau deviations of scores: [B, H, NQ, 1].
+
+  From the mean and the variance per channel of the mean keys that a row
+  sees, as if the channels were independent.
+  """
+  b, h, num_q, _ = mean_q.shape
+  g = mean_k.shape[1]
+  weight = allowed.astype(mean_k.dtype)
+  weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
+  # Around the mean of all, so that the variance does not cancel.
+  centre = jnp.mean(mean_k, axis=2, keepdims=True)
+  moments = lambda x: jnp.matmul(weight, x)
+  first = moments(mean_k - centre)
+  variance = jnp.maximum(
+    moments(jnp.square(mean_k - centre)) - jnp.square(first), 0
+  )
+  q = mean_q.reshape(b, g, h // g, num_q, -1)
+  mean = jnp.sum(q * (first + centre)[:, :, None], axis=-1)
+  spread = jnp.sum(jnp.square(q) * variance[:, :, None], axis=-1)
+  bound = scale * mean + tau * abs(scale) * jnp.sqrt(spread)
+  return bound.reshape(b, h, num_q, 1)
+
+
+def _spread(exact, mean_k, options):
+  """log(||H_j||_F + eps) of each key block: [B, G, NK]."""
+  dtype = mean_k.dtype
+  k = statistics.split(exact.k, options.block_kv).astype(dtype)
+  v = statistics.split(exact.v, options.block_kv).astype(dtype)
+  deviation = statistics.centred(k, mean_k, exact.lengths)
+  matrices = jnp.einsum("bgnsk,bgnsv->bgnkv", deviation, v)
+  norm = jnp.sqrt(jnp.sum(jnp.square(matrices), axis=(-2, -1)))
+  return jnp.log(norm + _NORM_EPS)
+
+
+def _heaviest(candidates, top_p):
+  """The fewest blocks with a share `top_p` of each row's softmax."""
+  scores = jnp.where(candidates.allowed, candidates.scores, -jnp.inf)
+  probs = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+  order = _ordered(scores)
+  # Sums of 2048 probabilities in float32 may miss 1 by some 1e-6.
+  bound = _bound(order, probs, jnp.float32(top_p * (1 - 1e-6)))
+  return order >= bound
+
+
+def choose(
+  candidates: Candidates,
+  longest: int,
+  *,
+  low: float,
+  high: float,
+  wanted: jax.Array | None = None,
+) -> block_lists.BlockIndices:
+  """Lists the best of the candidates.
+
+  Args:
+    candidates: of which each row has at least one.
+    longest: M.
+    low: each row lists at least this share of what it sees,
+    high: and at most this one; but always one, and what is forced.
+    wanted: bool `[B, H, NQ, NK]`, how many are listed between the two; None
+      where they are the same.
+
+  Returns:
+    A `BlockIndices` with its density.
+  """
+  scores, allowed, forced = candidates
+  num_kv = scores.shape[-1]
+  count = lambda x: jnp.sum(
+    jnp.broadcast_to(x, scores.shape), axis=-1, dtype=jnp.int32
+  )
+  seen, due = count(allowed), count(forced)
+  shares = lambda share: jnp.asarray(_rounded(share, np.arange(num_kv + 1)))
+  number = least = jnp.maximum(jnp.maximum(shares(low)[seen], 1), due)
+  if wanted is not None:
+    most = jnp.maximum(jnp.maximum(shares(high)[seen], 1), due)
+    number = jnp.clip(count((wanted & allowed) | forced), least, most)
+  number = jnp.minimum(number, longest)
+  order = _ordered(jnp.where(forced, jnp.inf, scores))
+  order = jnp.where(allowed, order, jnp.iinfo(jnp.int32).min)
+  member = _top(order, number)
+  indices, counts = block_lists.pack(member, longest)
+  density = jnp.sum(counts) / jnp.sum(seen)
+  return block_lists.BlockIndices(indices, counts, density.astype(jnp.float32))
+
+
+def _ordered(x):
+  """int32 in the order of float32 `x`; -0 is 0."""
+  bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32) + 0.0, jnp.int32)
+  return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
+
+
+def _bound(order, weights, target):
+  """The largest x of each row with sum(weights[order >= x]) >= target.
+
+  Found bit by bit: 32 sums cost less than sorting, on every platform.
+  """
+  lowest = jnp.full((*order.shape[:-1], 1), jnp.iinfo(jnp.int32).min)
+
+  def body(i, x):
+    higher = x + jnp.left_shift(jnp.int32(1), _BITS - 1 - i)
+    mass = jnp.sum(
+      jnp.where(order >= higher, weights, 0), axis=-1, keepdims=True
+    )
+    return jnp.where(mass >= target, higher, x)
+
+  return jax.lax.fori_loop(0, _BITS, body, lowest)
+
+
+def _top(order, number):
+  """The `number` [..] largest of each row; of equal ones the first."""
+  number = number[..., None]
+  bound = _bound(order, jnp.int32(1), number)
+  above = order > bound
+  equal = order == bound
+  rank = jnp.cumsum(equal, axis=-1, dtype=jnp.int32)
+  spare = number - jnp.sum(above, axis=-1, dtype=jnp.int32, keepdims=True)
+  return above | (equal & (rank <= spare))
