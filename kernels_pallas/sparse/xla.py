@@ -3,7 +3,8 @@
 A scan over query blocks gathers the keys and values of each one's list and
 computes one softmax over them, so memory grows with T and with the longest
 list, not with T x S. The backward pass computes the probabilities again and
-adds what flows into keys and values where it was gathered from.
+adds what flows into keys and values where it was gathered from. Lists as long
+as there are blocks gather nothing: all keys are there, and lists are masks.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.sparse import blocks as block_lists
 from kernels_pallas.sparse import core, pooled, problem, statistics
 
-# Gathered keys of one step and head, which a cache should hold.
+# Keys that one step and head gathers, which a cache should hold; where all
+# keys are there anyway, queries of a step.
 _GATHERED = 2048
+_QUERIES = 128
 
 
 def run(
@@ -31,14 +35,14 @@ class _Step(NamedTuple):
 
   Attributes:
     q: `[B, G, R, n, block_q, K]`.
-    indices: int32 `[B, G, R, n, M]`.
-    counts: int32 `[B, G, R, n]`.
+    indices: int32 `[B, G, R, n, M]`; of complete lists, 0, 1, ...
+    meant: bool `[B, G, R, n, M]`, which of them are listed.
     number: int32 `[n]`, which query blocks.
   """
 
   q: jax.Array
   indices: jax.Array
-  counts: jax.Array
+  meant: jax.Array
   number: jax.Array
 
 
@@ -55,7 +59,7 @@ def _forward(exact, tail, options):
     return None, (out, top + jnp.log(total))
 
   _, (out, lse) = jax.lax.scan(body, None, _steps(exact))
-  exact_part = _join(out), _join(lse)[..., 0]
+  exact_part = _join(out, exact), _join(lse, exact)[..., 0]
   if tail is None:
     return exact_part
   return core.merge([exact_part, pooled.forward(exact, tail, options)])
@@ -63,19 +67,19 @@ def _forward(exact, tail, options):
 
 def _backward(exact, options, lse, g, delta):
   blocks = _blocks(exact, options)
-  n = _per_step(exact)
-  rows = lambda x: _per_row(x, exact, n)
+  rows = lambda x: _per_row(x, exact)
   per_row = rows(lse[..., None]), rows(g), rows(delta[..., None])
   zero = tuple(jnp.zeros(x.shape, lse.dtype) for x in blocks)
 
   def body(total, xs):
-    step, (lse, g, delta) = xs
+    step, xs = xs
+    lse, g, delta = (_queries(x, exact) for x in xs)
     k, v = (_gather(x, step.indices) for x in blocks)
     probs = jnp.exp(_scores(step, k, exact, options) - lse)
     inner = _dot(g.astype(v.dtype), v, 5, 5)
     dscores = (probs * (inner - delta) * options.scale).astype(k.dtype)
     dq = _dot(dscores, k, 5, 4)
-    dk = _dot(dscores, step.q, 4, 4)
+    dk = _dot(dscores, _queries(step.q, exact), 4, 4)
     dv = _dot(probs.astype(v.dtype), g.astype(v.dtype), 4, 4)
     total = tuple(
       _scatter_add(x, step.indices, dx)
@@ -85,23 +89,42 @@ def _backward(exact, options, lse, g, delta):
 
   total, dq = jax.lax.scan(body, zero, (_steps(exact), per_row))
   whole = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])
-  return _join(dq), *(whole(x) for x in total)
+  return _join(dq, exact), *(whole(x) for x in total)
+
+
+def _complete(exact):
+  """Whether lists are as long as there are blocks."""
+  return exact.indices.shape[3] == exact.lengths.shape[2]
+
+
+def _queries(x, exact):
+  """[B, G, R, n, block_q, .] as it meets keys.
+
+  Queries of a list meet its own keys; those of complete lists all meet the
+  same, and are one matrix, [B, G, 1, 1, R * n * block_q, .].
+  """
+  if not _complete(exact):
+    return x
+  return x.reshape(*x.shape[:2], 1, 1, -1, x.shape[-1])
 
 
 def _scores(step, k, exact, options):
-  """Masked scores [B, G, R, n, block_q, M * block_kv]."""
-  scores = _dot(step.q, k, 5, 5) * options.scale
+  """Masked scores, queries as `_queries` has them, by the keys of k."""
+  q = _queries(step.q, exact)
+  scores = _dot(q, k, 5, 5) * options.scale
   visible = _visible(step, exact, options)
+  if _complete(exact):
+    visible = jnp.broadcast_to(visible, (*step.q.shape[:5], visible.shape[-1]))
+    visible = _queries(visible, exact)
   return jnp.where(visible, scores, problem.MASKED)
 
 
 def _visible(step, exact, options):
-  """Which gathered keys each query sees, broadcastable to the scores."""
+  """Which keys each query sees: [B, G, R, n, block_q or 1, M * block_kv]."""
   b, g, r, n, longest = step.indices.shape
   offset = jnp.arange(options.block_kv)
-  meant = jnp.arange(longest) < step.counts[..., None]
   lengths = _pick(exact.lengths, step.indices)
-  visible = (offset < lengths[..., None]) & meant[..., None]
+  visible = (offset < lengths[..., None]) & step.meant[..., None]
   flat = lambda x: x.reshape(b, g, r, n, 1, longest * options.block_kv)
   visible = flat(visible)
   if not options.causal and exact.q_segments is None and exact.bands is None:
@@ -132,16 +155,23 @@ def _pick(x, indices):
 
 
 def _gather(x, indices):
-  """[B, G, NK, block_kv, w] to [B, G, R, n, M * block_kv, w]."""
+  """[B, G, NK, block_kv, w] to [B, G, R, n, M * block_kv, w].
+
+  Complete lists need no copy: [B, G, 1, 1, NK * block_kv, w].
+  """
+  if indices.shape[-1] == x.shape[2]:
+    return x.reshape(*x.shape[:2], 1, 1, -1, x.shape[-1])
   x = _pick(x, indices)
   return x.reshape(*x.shape[:4], -1, x.shape[-1])
 
 
 def _scatter_add(total, indices, x):
-  """Adds [B, G, R, n, M * block_kv, w] to the blocks it was gathered from.
+  """Adds what `_gather` would have given to where it was gathered from.
 
   What pads a list is masked, and adds zeros to its last block.
   """
+  if indices.shape[-1] == total.shape[2]:
+    return total + x.reshape(total.shape)
   x = x.reshape(*indices.shape, -1, x.shape[-1])
   add = lambda a, i, dx: a.at[i].add(dx)
   return jax.vmap(jax.vmap(add))(total, indices, x)
@@ -167,14 +197,19 @@ def _blocks(exact, options):
 
 def _per_step(exact):
   """How many query blocks a step takes: a divisor of NQ."""
-  num_q, longest = exact.indices.shape[2:]
-  keys = longest * exact.k.shape[2] // exact.lengths.shape[2]
-  most = max(1, _GATHERED // keys)
+  b, h, num_q, longest = exact.indices.shape
+  if _complete(exact):
+    rows = h // exact.k.shape[1] * exact.q.shape[2] // num_q
+    most = max(1, _QUERIES // rows)
+  else:
+    keys = longest * exact.k.shape[2] // exact.lengths.shape[2]
+    most = max(1, _GATHERED // keys)
   return max(n for n in range(1, min(num_q, most) + 1) if num_q % n == 0)
 
 
-def _per_row(x, exact, n):
+def _per_row(x, exact):
   """[B, H, NQ * block_q, w] to [steps, B, G, R, n, block_q, w]."""
+  n = _per_step(exact)
   b, h, num_q = exact.counts.shape
   g = exact.k.shape[1]
   x = x.reshape(b, g, h // g, num_q // n, n, -1, x.shape[-1])
@@ -185,17 +220,26 @@ def _steps(exact):
   n = _per_step(exact)
   b, h, num_q, longest = exact.indices.shape
   g = exact.k.shape[1]
-  lists = exact.indices.reshape(b, g, h // g, num_q // n, n, longest)
-  counts = exact.counts.reshape(b, g, h // g, num_q // n, n)
+  indices = exact.indices
+  if _complete(exact):
+    meant = block_lists.membership(indices, exact.counts, longest)
+    indices = jnp.broadcast_to(jnp.arange(longest), indices.shape)
+  else:
+    meant = jnp.arange(longest) < exact.counts[..., None]
+  lists = lambda x: jnp.moveaxis(
+    x.reshape(b, g, h // g, num_q // n, n, longest), 3, 0
+  )
   return _Step(
-    q=_per_row(exact.q, exact, n),
-    indices=jnp.moveaxis(lists, 3, 0),
-    counts=jnp.moveaxis(counts, 3, 0),
+    q=_per_row(exact.q, exact),
+    indices=lists(indices),
+    meant=lists(meant),
     number=jnp.arange(num_q).reshape(-1, n),
   )
 
 
-def _join(x):
-  """[steps, B, G, R, n, block_q, w] to [B, H, NQ * block_q, w]."""
-  steps, b, g, r, n, rows, width = x.shape
-  return jnp.moveaxis(x, 0, 3).reshape(b, g * r, steps * n * rows, width)
+def _join(x, exact):
+  """[steps, B, G, .., w] of rows in order to [B, H, NQ * block_q, w]."""
+  b, h, num_q = exact.counts.shape
+  n, g = _per_step(exact), exact.k.shape[1]
+  x = x.reshape(num_q // n, b, g, h // g, n, -1, x.shape[-1])
+  return jnp.moveaxis(x, 0, 3).reshape(b, h, exact.q.shape[2], x.shape[-1])
