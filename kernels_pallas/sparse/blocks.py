@@ -110,11 +110,21 @@ def membership(indices: jax.Array, counts: jax.Array, num_kv: int) -> jax.Array:
   meant = jnp.arange(indices.shape[3]) < counts[..., None]
   # Out of bounds, and so dropped.
   target = jnp.where(meant, indices, num_kv)
-  grid = jnp.indices(counts.shape, sparse=True)
   empty = jnp.zeros((*counts.shape, num_kv), bool)
-  return empty.at[(*(x[..., None] for x in grid), target)].set(
-    True, mode="drop"
-  )
+  return _write(empty, target, True)
+
+
+def _write(x: jax.Array, slots: jax.Array, values: jax.Array | bool):
+  """x `[..., N]` with `values` at `slots`, those beyond N dropped.
+
+  Each row by itself, which the partitioner needs to see to leave sharded
+  batches where they are.
+  """
+  write = lambda x, slot, value: x.at[slot].set(value, mode="drop")
+  values = jnp.broadcast_to(values, slots.shape)
+  for _ in range(x.ndim - 1):
+    write = jax.vmap(write)
+  return write(x, slots, values)
 
 
 def pack(member: jax.Array, longest: int) -> tuple[jax.Array, jax.Array]:
@@ -131,14 +141,11 @@ def pack(member: jax.Array, longest: int) -> tuple[jax.Array, jax.Array]:
   rank = jnp.cumsum(member, axis=-1, dtype=jnp.int32)
   counts = rank[..., -1]
   slot = jnp.where(member, rank - 1, longest)
-  grid = jnp.indices(counts.shape, sparse=True)
   number = jnp.broadcast_to(
     jnp.arange(member.shape[-1], dtype=jnp.int32), member.shape
   )
   lists = jnp.zeros((*counts.shape, longest), jnp.int32)
-  lists = lists.at[(*(x[..., None] for x in grid), slot)].set(
-    number, mode="drop"
-  )
+  lists = _write(lists, slot, number)
   last = jnp.max(jnp.where(member, number, 0), axis=-1, keepdims=True)
   meant = jnp.arange(longest) < counts[..., None]
   return jnp.where(meant, lists, last), counts

@@ -127,6 +127,11 @@ def select_blocks(
     )
   if covariance_aware and v is None:
     raise ValueError("covariance_aware needs v, got None")
+  if covariance_aware and method == "threshold":
+    raise ValueError(
+      "covariance_aware changes the scores that the threshold's moments "
+      "describe; allowed with it: topk, top_p"
+    )
 
   q, k, values = (jax.lax.stop_gradient(x) for x in api.common(q, k, values))
   options = problem.Options(scale, block_q, block_kv, causal=causal)
