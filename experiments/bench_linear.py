@@ -27,12 +27,19 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import bench_train, errors, host_memory, reports, workers
+from experiments import (
+  bench_train,
+  contender,
+  errors,
+  host_memory,
+  reports,
+  workers,
+)
 from experiments.linear import cases, floors, worker
 from jaxlib_ext import records
 from kernels_pallas.linear import problem
 
-MODES = worker.MODES
+MODES = contender.MODES
 SCAN, PEER = "reference", "jla"
 
 # Short calls are repeated within a turn until they last this long.
@@ -93,7 +100,7 @@ class Trial:
     op = cases.OPS[self._op][0]
     run = lambda **arrays: op(**arrays, **how)
     try:
-      return worker.Contender(run, *problem, modes)
+      return contender.Contender(run, *problem, modes)
     except (ValueError, NotImplementedError) as e:
       raise errors.UserError(f"{name}: {e}") from e
 

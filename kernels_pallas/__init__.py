@@ -29,10 +29,20 @@ from kernels_pallas.sparse.api import (
   block_sparse_attention as block_sparse_attention,
 )
 from kernels_pallas.sparse.blocks import BlockIndices as BlockIndices
+from kernels_pallas.sparse.dense import full_attention as full_attention
 from kernels_pallas.sparse.piecewise import (
   in_context_attention as in_context_attention,
 )
 from kernels_pallas.sparse.piecewise import (
   piecewise_attention as piecewise_attention,
 )
+from kernels_pallas.sparse.prefix import (
+  prefix_shared_attention as prefix_shared_attention,
+)
 from kernels_pallas.sparse.select import select_blocks as select_blocks
+from kernels_pallas.sparse.tiling import tile as tile
+from kernels_pallas.sparse.tiling import untile as untile
+from kernels_pallas.sparse.windowed import banded_attention as banded_attention
+from kernels_pallas.sparse.windowed import (
+  windowed_attention as windowed_attention,
+)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import kernels_pallas
-from experiments import bench_linear, errors
+from experiments import bench_linear, contender, errors
 from experiments.linear import cases, floors, worker
 from jaxlib_ext import records
 from tests.experiments import runs
@@ -312,7 +312,7 @@ def test_peer_gets_its_own_names(monkeypatch, tmp_path, quick):
   run = lambda **arrays: kernels_pallas.gated_delta_rule(
     **arrays, implementation="reference"
   )
-  want = worker.Contender(run, arrays, cotangents).values()
+  want = contender.Contender(run, arrays, cotangents).values()
   answer = worker.answer
   saved = answer(side, {"do": "values", "path": str(tmp_path / "out.npz")})
   with np.load(saved) as got:
