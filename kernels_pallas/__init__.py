@@ -29,6 +29,10 @@ from kernels_pallas.sparse.api import (
   block_sparse_attention as block_sparse_attention,
 )
 from kernels_pallas.sparse.blocks import BlockIndices as BlockIndices
+from kernels_pallas.sparse.clusters import (
+  clustered_attention as clustered_attention,
+)
+from kernels_pallas.sparse.clusters import kmeans as kmeans
 from kernels_pallas.sparse.dense import full_attention as full_attention
 from kernels_pallas.sparse.piecewise import (
   in_context_attention as in_context_attention,

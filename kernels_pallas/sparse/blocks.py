@@ -111,10 +111,12 @@ def membership(indices: jax.Array, counts: jax.Array, num_kv: int) -> jax.Array:
   # Out of bounds, and so dropped.
   target = jnp.where(meant, indices, num_kv)
   empty = jnp.zeros((*counts.shape, num_kv), bool)
-  return _write(empty, target, True)
+  return write(empty, target, True)
 
 
-def _write(x: jax.Array, slots: jax.Array, values: jax.Array | bool):
+def write(
+  x: jax.Array, slots: jax.Array, values: jax.Array | bool
+) -> jax.Array:
   """x `[..., N]` with `values` at `slots`, those beyond N dropped.
 
   Each row by itself, which the partitioner needs to see to leave sharded
@@ -145,7 +147,7 @@ def pack(member: jax.Array, longest: int) -> tuple[jax.Array, jax.Array]:
     jnp.arange(member.shape[-1], dtype=jnp.int32), member.shape
   )
   lists = jnp.zeros((*counts.shape, longest), jnp.int32)
-  lists = _write(lists, slot, number)
+  lists = write(lists, slot, number)
   last = jnp.max(jnp.where(member, number, 0), axis=-1, keepdims=True)
   meant = jnp.arange(longest) < counts[..., None]
   return jnp.where(meant, lists, last), counts

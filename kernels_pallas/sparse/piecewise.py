@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import arguments
-from kernels_pallas.sparse import api, problem, select, statistics
+from kernels_pallas.sparse import api, choose, problem, select, statistics
 
 # The share of coarse weights whose sum says how sharp a query block is.
 _SHARPNESS = 0.0625
@@ -187,9 +187,9 @@ def in_context_attention(
       f"context_length must be an int from 1 to T - 1 = {t - 1}, got "
       f"{context_length!r}"
     )
-  keep = select.check_share("keep", keep)
-  sharp = select.check_share("sharp", sharp, zero=True)
-  density = select.check_share("density", density)
+  keep = choose.check_share("keep", keep)
+  sharp = choose.check_share("sharp", sharp, zero=True)
+  density = choose.check_share("density", density)
   block_size = api.check_block("block_size", block_size)
   options = problem.Options(
     scale=arguments.check_scale(scale, jnp.shape(q)[-1]),
@@ -318,8 +318,8 @@ def _order(weights, num_target, sharp):
 def _lists(scores, share):
   everywhere = jnp.ones((1, 1, *scores.shape[2:]), bool)
   longest = max(1, int(share * scores.shape[3] + 1e-9))
-  return select.choose(
-    select.Candidates(scores, everywhere, ~everywhere),
+  return choose.choose(
+    choose.Candidates(scores, everywhere, ~everywhere),
     longest,
     low=share,
     high=share,

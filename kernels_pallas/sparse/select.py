@@ -7,35 +7,18 @@ only see in part are always listed, because nothing can be pooled of them.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import arguments
-from kernels_pallas.sparse import api, core, problem, statistics
+from kernels_pallas.sparse import api, choose, core, problem, statistics
 from kernels_pallas.sparse import blocks as block_lists
 
 METHODS = ("topk", "threshold", "top_p")
 _ARGUMENT = {"topk": "density", "threshold": "tau", "top_p": "top_p"}
 # Added to a norm before its logarithm, as PISA does.
 _NORM_EPS = 1e-5
-_BITS = 32
-
-
-class Candidates(NamedTuple):
-  """What a query block may list.
-
-  Attributes:
-    scores: `[B, H, NQ, NK]`, float32 (float64 where q is).
-    allowed: bool, broadcastable to the scores: of which it sees some key.
-    forced: bool, likewise: which it must list; all allowed.
-  """
-
-  scores: jax.Array
-  allowed: jax.Array
-  forced: jax.Array
 
 
 def select_blocks(
@@ -54,6 +37,7 @@ def select_blocks(
   causal: bool = False,
   segment_ids: jax.Array | None = None,
   covariance_aware: bool = False,
+  error_aware: bool = False,
   scale: float | None = None,
   v: jax.Array | None = None,
 ) -> block_lists.BlockIndices:
@@ -93,6 +77,9 @@ def select_blocks(
     covariance_aware: adds log(||H_j||_F + 1e-5) to the scores, H_j the
       covariance of a block's keys with its values times its length: blocks
       that their mean describes badly come first (PISA, for images).
+    error_aware: scores a block by the error that its mean key makes for the
+      mean query, log sum_t |exp(s q_i k_t) - exp(s q_i k_j)| (SVG-EAR,
+      arXiv:2603.08982): 1 / block_q of dense attention's scores.
     scale: of the scores; None is K**-0.5.
     v: `[B, S, G, V]`, for `covariance_aware`.
 
@@ -114,8 +101,8 @@ def select_blocks(
   num_q = problem.num_blocks(t, block_q)
   num_kv = problem.num_blocks(s, block_kv)
   amount = _check_method(method, density, tau, top_p)
-  low = check_share("min_density", min_density, zero=True)
-  high = check_share("max_density", max_density)
+  low = choose.check_share("min_density", min_density, zero=True)
+  high = choose.check_share("max_density", max_density)
   if method == "topk" and (low, high) != (0.0, 1.0):
     raise ValueError(
       "min_density and max_density bound the methods threshold and top_p; "
@@ -127,10 +114,12 @@ def select_blocks(
     )
   if covariance_aware and v is None:
     raise ValueError("covariance_aware needs v, got None")
-  if covariance_aware and method == "threshold":
+  if covariance_aware and error_aware:
+    raise ValueError("covariance_aware and error_aware are two other scores")
+  if (covariance_aware or error_aware) and method == "threshold":
     raise ValueError(
-      "covariance_aware changes the scores that the threshold's moments "
-      "describe; allowed with it: topk, top_p"
+      "the threshold's moments are those of the plain scores; allowed with "
+      "covariance_aware and error_aware: topk, top_p"
     )
 
   q, k, values = (jax.lax.stop_gradient(x) for x in api.common(q, k, values))
@@ -143,13 +132,16 @@ def select_blocks(
   forced = _forced(always, num_q, num_kv, options, t)
   share = amount if method == "topk" else high
   longest = max(
-    1, _rounded(share, num_kv), _most_forced(forced, exact, options)
+    1, choose.rounded(share, num_kv), _most_forced(forced, exact, options)
   )
   longest = min(int(longest), num_kv)
   allowed, forced = _visibility(exact, options, t, forced)
   mean_q = _mean_queries(exact, options, t)
   mean_k = statistics.mean(statistics.split(exact.k, block_kv), exact.lengths)
-  scores = pooled_scores(mean_q, mean_k, scale)
+  if error_aware:
+    scores = mean_errors(mean_q, mean_k, exact, options)
+  else:
+    scores = pooled_scores(mean_q, mean_k, scale)
   bound = None
   if method == "threshold":
     bound = _gaussian_bound(mean_q, mean_k, allowed, scale, amount)
@@ -157,14 +149,14 @@ def select_blocks(
     spread = _spread(exact, mean_k, options)
     repeat = heads // groups
     scores = scores + jnp.repeat(spread, repeat, axis=1)[:, :, None]
-  candidates = Candidates(scores, allowed, forced)
+  candidates = choose.Candidates(scores, allowed, forced)
   if method == "topk":
-    return choose(candidates, longest, low=amount, high=amount)
+    return choose.choose(candidates, longest, low=amount, high=amount)
   if method == "threshold":
     wanted = scores > bound
   else:
-    wanted = _heaviest(candidates, amount)
-  return choose(candidates, longest, low=low, high=high, wanted=wanted)
+    wanted = choose.heaviest(candidates, amount)
+  return choose.choose(candidates, longest, low=low, high=high, wanted=wanted)
 
 
 def _check_method(method, density, tau, top_p) -> float:
@@ -183,20 +175,7 @@ def _check_method(method, density, tau, top_p) -> float:
     if isinstance(tau, bool) or not isinstance(tau, int | float):
       raise ValueError(f"tau must be a number, got {tau!r}")
     return float(tau)
-  return check_share(own, given[own])
-
-
-def check_share(name: str, share: Any, *, zero: bool = False) -> float:
-  """A share as a float; ValueError unless it lies in (0, 1] (or [0, 1])."""
-  number = isinstance(share, int | float | np.integer | np.floating)
-  if (
-    isinstance(share, bool)
-    or not number
-    or not (0 < share <= 1 or (zero and share == 0))
-  ):
-    allowed = "[0, 1]" if zero else "(0, 1]"
-    raise ValueError(f"{name} must be a number in {allowed}, got {share!r}")
-  return float(share)
+  return choose.check_share(own, given[own])
 
 
 def _forced(always, num_q, num_kv, options, length) -> np.ndarray:
@@ -231,11 +210,6 @@ def _most_forced(forced, exact, options) -> int:
     # its own place, those where its first begins and where its last ends.
     most += 2 + (options.block_q - 1) // options.block_kv + 2
   return most
-
-
-def _rounded(share: float, number: Any) -> Any:
-  """floor(share * number), as if `share` were exact in decimal."""
-  return np.floor(np.asarray(number) * share + 1e-9).astype(np.int32)
 
 
 def _visibility(exact, options, length, forced):
@@ -281,6 +255,69 @@ def pooled_scores(
   return scores.reshape(b, h, num_q, -1)
 
 
+def mean_errors(
+  mean_q: jax.Array,
+  mean_k: jax.Array,
+  exact: problem.Exact,
+  options: problem.Options,
+) -> jax.Array:
+  """Log errors of blocks' mean keys for mean queries: `[B, H, NQ, NK]`.
+
+  In units of each row's greatest weight, one query block at a time.
+  """
+  b, h, num_q, size = mean_q.shape
+  g, num_kv = mean_k.shape[1:3]
+  k = statistics.split(exact.k, options.block_kv).astype(mean_k.dtype)
+  real = jnp.arange(options.block_kv) < exact.lengths[..., None]
+
+  def row(q):
+    scores = options.scale * jnp.einsum("bgrk,bgjsk->bgrjs", q, k)
+    scores = jnp.where(real[:, :, None], scores, -jnp.inf)
+    means = options.scale * jnp.einsum("bgrk,bgjk->bgrj", q, mean_k)
+    top = jnp.max(scores, axis=(-2, -1), keepdims=True)
+    away = jnp.exp(scores - top) - jnp.exp(means[..., None] - top)
+    away = jnp.where(real[:, :, None], jnp.abs(away), 0)
+    tiny = jnp.finfo(away.dtype).tiny
+    return jnp.log(jnp.sum(away, axis=-1) + tiny)
+
+  rows = jnp.moveaxis(mean_q.reshape(b, g, h // g, num_q, size), 3, 0)
+  return jnp.moveaxis(jax.lax.map(row, rows), 0, 3).reshape(b, h, num_q, num_kv)
+
+
+def select_within(
+  exact: problem.Exact,
+  options: problem.Options,
+  density: float,
+  *,
+  error_aware: bool = False,
+) -> block_lists.BlockIndices:
+  """The `density` share of a padded problem's blocks, of those not empty.
+
+  What `select_blocks` does where nothing but the blocks' lengths limits the
+  choice; a row of blocks that are all empty is not allowed.
+  """
+  keys = jax.lax.stop_gradient(exact.k)
+  exact = exact._replace(k=keys, q=jax.lax.stop_gradient(exact.q))
+  mean_q = _mean_queries(exact, options, exact.q.shape[2])
+  mean_k = statistics.mean(
+    statistics.split(exact.k, options.block_kv), exact.lengths
+  )
+  if error_aware:
+    scores = mean_errors(mean_q, mean_k, exact, options)
+  else:
+    scores = pooled_scores(mean_q, mean_k, options.scale)
+  repeat = scores.shape[1] // mean_k.shape[1]
+  allowed = jnp.repeat(exact.lengths > 0, repeat, axis=1)[:, :, None]
+  num_kv = scores.shape[3]
+  longest = max(1, int(choose.rounded(density, num_kv)))
+  return choose.choose(
+    choose.Candidates(scores, allowed, jnp.zeros_like(allowed)),
+    longest,
+    low=density,
+    high=density,
+  )
+
+
 def _gaussian_bound(mean_q, mean_k, allowed, scale, tau):
   """Row means plus tau deviations of scores: [B, H, NQ, 1].
 
@@ -314,88 +351,3 @@ def _spread(exact, mean_k, options):
   matrices = jnp.einsum("bgnsk,bgnsv->bgnkv", deviation, v)
   norm = jnp.sqrt(jnp.sum(jnp.square(matrices), axis=(-2, -1)))
   return jnp.log(norm + _NORM_EPS)
-
-
-def _heaviest(candidates, top_p):
-  """The fewest blocks with a share `top_p` of each row's softmax."""
-  scores = jnp.where(candidates.allowed, candidates.scores, -jnp.inf)
-  probs = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
-  order = _ordered(scores)
-  # Sums of 2048 probabilities in float32 may miss 1 by some 1e-6.
-  bound = _bound(order, probs, jnp.float32(top_p * (1 - 1e-6)))
-  return order >= bound
-
-
-def choose(
-  candidates: Candidates,
-  longest: int,
-  *,
-  low: float,
-  high: float,
-  wanted: jax.Array | None = None,
-) -> block_lists.BlockIndices:
-  """Lists the best of the candidates.
-
-  Args:
-    candidates: of which each row has at least one.
-    longest: M.
-    low: each row lists at least this share of what it sees,
-    high: and at most this one; but always one, and what is forced.
-    wanted: bool `[B, H, NQ, NK]`, how many are listed between the two; None
-      where they are the same.
-
-  Returns:
-    A `BlockIndices` with its density.
-  """
-  scores, allowed, forced = candidates
-  num_kv = scores.shape[-1]
-  count = lambda x: jnp.sum(
-    jnp.broadcast_to(x, scores.shape), axis=-1, dtype=jnp.int32
-  )
-  seen, due = count(allowed), count(forced)
-  shares = lambda share: jnp.asarray(_rounded(share, np.arange(num_kv + 1)))
-  number = least = jnp.maximum(jnp.maximum(shares(low)[seen], 1), due)
-  if wanted is not None:
-    most = jnp.maximum(jnp.maximum(shares(high)[seen], 1), due)
-    number = jnp.clip(count((wanted & allowed) | forced), least, most)
-  number = jnp.minimum(number, longest)
-  order = _ordered(jnp.where(forced, jnp.inf, scores))
-  order = jnp.where(allowed, order, jnp.iinfo(jnp.int32).min)
-  member = _top(order, number)
-  indices, counts = block_lists.pack(member, longest)
-  density = jnp.sum(counts) / jnp.sum(seen)
-  return block_lists.BlockIndices(indices, counts, density.astype(jnp.float32))
-
-
-def _ordered(x):
-  """int32 in the order of float32 `x`; -0 is 0."""
-  bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32) + 0.0, jnp.int32)
-  return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
-
-
-def _bound(order, weights, target):
-  """The largest x of each row with sum(weights[order >= x]) >= target.
-
-  Found bit by bit: 32 sums cost less than sorting, on every platform.
-  """
-  lowest = jnp.full((*order.shape[:-1], 1), jnp.iinfo(jnp.int32).min)
-
-  def body(i, x):
-    higher = x + jnp.left_shift(jnp.int32(1), _BITS - 1 - i)
-    mass = jnp.sum(
-      jnp.where(order >= higher, weights, 0), axis=-1, keepdims=True
-    )
-    return jnp.where(mass >= target, higher, x)
-
-  return jax.lax.fori_loop(0, _BITS, body, lowest)
-
-
-def _top(order, number):
-  """The `number` [..] largest of each row; of equal ones the first."""
-  number = number[..., None]
-  bound = _bound(order, jnp.int32(1), number)
-  above = order > bound
-  equal = order == bound
-  rank = jnp.cumsum(equal, axis=-1, dtype=jnp.int32)
-  spare = number - jnp.sum(above, axis=-1, dtype=jnp.int32, keepdims=True)
-  return above | (equal & (rank <= spare))

@@ -24,6 +24,10 @@ def arrays(t, seed=0):
   return tuple(jnp.asarray(rng.normal(size=(B, t, H, K))) for _ in range(3))
 
 
+def quick(f, **options):
+  return cases.quick(functools.partial(f, **options))
+
+
 def softmax(x):
   x = np.exp(x - x.max(-1, keepdims=True))
   return x / x.sum(-1, keepdims=True)
@@ -32,12 +36,16 @@ def softmax(x):
 @pytest.mark.parametrize("causal", (False, True))
 def test_piecewise_is_selection_and_attention(causal):
   q, k, v = arrays(60)
-  got, lse = kernels_pallas.piecewise_attention(
-    q, k, v, density=0.3, block_size=SIZE, causal=causal, return_lse=True
-  )
-  blocks = kernels_pallas.select_blocks(
-    q, k, block_q=SIZE, block_kv=SIZE, density=0.3, causal=causal
-  )
+  options = dict(density=0.3, causal=causal)
+  got, lse = quick(
+    kernels_pallas.piecewise_attention,
+    block_size=SIZE,
+    return_lse=True,
+    **options,
+  )(q, k, v)
+  blocks = quick(
+    kernels_pallas.select_blocks, block_q=SIZE, block_kv=SIZE, **options
+  )(q, k)
   args = dict(
     q=q, k=k, v=v, blocks=blocks, block_q=SIZE, block_kv=SIZE, causal=causal,
     segment_ids=None, sinks=None,
@@ -49,9 +57,12 @@ def test_piecewise_is_selection_and_attention(causal):
 
 def test_default_density_and_threshold():
   q, k, v = arrays(64)
-  call = functools.partial(
-    kernels_pallas.piecewise_attention, q, k, v, block_size=SIZE, tail="mean"
-  )
+  call = lambda **options: quick(
+    kernels_pallas.piecewise_attention,
+    block_size=SIZE,
+    tail="mean",
+    **options,
+  )(q, k, v)
   np.testing.assert_array_equal(call(), call(density=0.15))
   few = call(method="threshold", tau=0.5)
   every = call(method="threshold", tau=-99.0)
@@ -112,14 +123,11 @@ def isa_by_hand(q, k, v, target, keep, sharp, density, gate):
 def test_in_context_attention(target, context, options):
   q, k, v = arrays(target + context)
   gate = jnp.asarray(np.random.default_rng(1).normal(size=q.shape[:3]))
-  call = jax.jit(
-    functools.partial(
-      kernels_pallas.in_context_attention,
-      context_length=context,
-      block_size=SIZE,
-      **options,
-    ),
-    compiler_options={"xla_backend_optimization_level": 0},
+  call = quick(
+    kernels_pallas.in_context_attention,
+    context_length=context,
+    block_size=SIZE,
+    **options,
   )
   got = call(q, k, v, residual=gate)
   for b, h in np.ndindex(B, H):
@@ -135,9 +143,7 @@ def test_in_context_gradients():
   rng = np.random.default_rng(2)
   weights = jnp.asarray(rng.normal(size=v.shape))
 
-  @functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-  )
+  @cases.quick
   def value_and_grad(x):
     def loss(x):
       out = kernels_pallas.in_context_attention(

@@ -18,6 +18,11 @@ TAILS = ("drop", "mean", "mean_global", "mean_local", "mean_var")
 F64 = dict(atol=1e-12, rtol=1e-12)
 F32 = dict(atol=2e-5, rtol=2e-5)
 
+# Compiling is what these tests cost.
+quick = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -138,10 +143,7 @@ def _run(static):
     total = jnp.sum(out.astype(wide) * weights) + jnp.sum(seen * lse_weights)
     return total, (out, lse)
 
-  return jax.jit(
-    jax.value_and_grad(loss, has_aux=True),
-    compiler_options={"xla_backend_optimization_level": 0},
-  )
+  return quick(jax.value_and_grad(loss, has_aux=True))
 
 
 def by_hand(args: dict, tail: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,205 @@
+"""Blocks of tokens that are alike, wherever they stand (SVG-EAR).
+
+Keys are clustered and sorted by cluster; every cluster is cut into blocks, of
+which the last one is short. Queries are sorted by their own clusters. Blocks
+of alike keys are what their mean describes well, so the pooled tail is closer
+than with blocks of neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import arguments
+from kernels_pallas.sparse import api, choose, core, problem, select
+from kernels_pallas.sparse import blocks as block_lists
+
+
+def kmeans(
+  x: jax.Array,
+  num_clusters: int,
+  *,
+  iterations: int = 5,
+  centroids: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Lloyd's algorithm in each batch entry and head, with no gradient.
+
+  Starts from evenly spaced tokens, or from `centroids`, such as those of the
+  sampling step before. A cluster that loses all its tokens keeps its place.
+
+  Args:
+    x: `[B, T, H, K]`.
+    num_clusters: C, from 1 to T.
+    iterations: of assignment and averaging, at least 1.
+    centroids: `[B, H, C, K]` to start from.
+
+  Returns:
+    int32 `[B, H, T]`, the cluster of each token, and the centroids, `[B, H,
+    C, K]`, float32 (float64 where x is), from which they were assigned.
+
+  Raises:
+    TypeError: naming the argument, for dtypes that are not allowed.
+    ValueError: naming the argument, for shapes and numbers that are not.
+  """
+  x = arguments.floating("x", x)
+  if x.ndim != 4:
+    raise ValueError(f"x must have the shape [B, T, H, K], got {list(x.shape)}")
+  b, t, h, size = x.shape
+  for name, number, most in (
+    ("num_clusters", num_clusters, t),
+    ("iterations", iterations, 1000),
+  ):
+    if isinstance(number, bool) or not (
+      isinstance(number, int) and 1 <= number <= most
+    ):
+      raise ValueError(
+        f"{name} must be an int from 1 to {most}, got {number!r}"
+      )
+  x = jax.lax.stop_gradient(jnp.swapaxes(x, 1, 2))
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  if centroids is None:
+    start = x[:, :, (jnp.arange(num_clusters) * t) // num_clusters]
+  else:
+    wanted = (b, h, num_clusters, size)
+    start = arguments.shaped("centroids", centroids, wanted, "B, H, C, K")
+    start = jax.lax.stop_gradient(start).astype(x.dtype)
+
+  def assign(centroids):
+    # |x - c|^2 less what all clusters share.
+    norms = jnp.sum(jnp.square(centroids), axis=-1)
+    products = jnp.einsum("bhtk,bhck->bhtc", x, centroids)
+    return jnp.argmin(norms[:, :, None] - 2 * products, axis=-1)
+
+  def body(_, centroids):
+    member = jax.nn.one_hot(assign(centroids), num_clusters, dtype=x.dtype)
+    count = jnp.sum(member, axis=2)[..., None]
+    total = jnp.einsum("bhtc,bhtk->bhck", member, x)
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), centroids)
+
+  centroids = jax.lax.fori_loop(0, iterations - 1, body, start)
+  return assign(centroids).astype(jnp.int32), centroids
+
+
+def clustered_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  q_clusters: jax.Array,
+  kv_clusters: jax.Array,
+  num_kv_clusters: int,
+  density: float = 0.15,
+  error_aware: bool = True,
+  block_size: int = 64,
+  tail: str = "mean",
+  scale: float | None = None,
+  implementation: api.Implementation = None,
+  interpret: bool = False,
+) -> jax.Array:
+  """Piecewise attention among clusters (SVG-EAR, arXiv:2603.08982).
+
+  Every block holds keys of one cluster only. Where a block is not attended
+  to exactly, its mean key and value stand for it, weighted by its length; a
+  cluster of several blocks has a mean for each, which is closer than the
+  paper's one for all.
+
+  Args:
+    q: `[B, T, H, K]`.
+    k: `[B, S, H, K]`; heads that share keys must be repeated, because each
+      has its own order of them.
+    v: `[B, S, H, V]`.
+    q_clusters: int `[B, H, T]`, the cluster of each query (`kmeans`).
+    kv_clusters: int `[B, H, S]`, from 0 to `num_kv_clusters` - 1.
+    num_kv_clusters: C; the blocks are at most S / block_size + C.
+    density: the listed share of those blocks.
+    error_aware: as for `select_blocks`: lists the blocks whose means would
+      be most wrong, as the paper does, or those with the highest scores.
+    block_size: queries and keys of a block.
+    tail: as for `block_sparse_attention`.
+    scale: of the scores; None is K**-0.5.
+    implementation: as for `block_sparse_attention`.
+    interpret: whether Pallas interprets.
+
+  Returns:
+    `[B, T, H, V]` in v's dtype, in the order of q.
+
+  Raises:
+    TypeError: naming the argument, for dtypes that are not allowed.
+    ValueError: naming the argument, for shapes and values that are not.
+    NotImplementedError: where a named implementation cannot run.
+  """
+  b, t, s, heads, groups = api.sizes(q, k, v)
+  if heads != groups:
+    raise ValueError(f"k must have as many heads as q, {heads}, got {groups}")
+  q_clusters = _labels("q_clusters", q_clusters, (b, heads, t), "B, H, T")
+  kv_clusters = _labels("kv_clusters", kv_clusters, (b, heads, s), "B, H, S")
+  density = choose.check_share("density", density)
+  block_size = api.check_block("block_size", block_size)
+  if tail not in problem.TAILS:
+    raise ValueError(f"tail must be one of {list(problem.TAILS)}, got {tail!r}")
+  options = problem.Options(
+    scale=arguments.check_scale(scale, jnp.shape(q)[-1]),
+    block_q=block_size,
+    block_kv=block_size,
+    tail=tail,
+    interpret=interpret,
+  )
+  q, k, v = (jnp.swapaxes(x, 1, 2) for x in api.common(q, k, v))
+  order = jnp.argsort(q_clusters, axis=-1)
+  take = lambda x, slots: jnp.take_along_axis(x, slots[..., None], axis=2)
+  q = take(q, order)
+  source, lengths = _blocks(kv_clusters, num_kv_clusters, block_size)
+  # Slots of no key read a zero behind the end.
+  k, v = (
+    take(jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))), source) for x in (k, v)
+  )
+  flat = lambda x: jnp.swapaxes(x, 1, 2)
+  none = jnp.zeros((b, heads, problem.num_blocks(t, block_size)), jnp.int32)
+  inputs = problem.Inputs(
+    flat(q), flat(k), flat(v), none[..., None], none, lengths
+  )
+  blocks = select.select_within(
+    core.pad(inputs, options), options, density, error_aware=error_aware
+  )
+  inputs = inputs._replace(indices=blocks.indices, counts=blocks.counts)
+  out = api.attend(inputs, options, None, False, implementation)
+  return flat(take(flat(out), jnp.argsort(order, axis=-1)))
+
+
+def _labels(name: str, x: Any, wanted: tuple[int, ...], letters: str):
+  x = jnp.asarray(x)
+  if not jnp.issubdtype(x.dtype, jnp.integer):
+    raise TypeError(f"{name} must be integers, got {x.dtype}")
+  if x.shape != wanted:
+    raise ValueError(
+      f"{name} must have the shape [{letters}] = {list(wanted)}, got "
+      f"{list(x.shape)}"
+    )
+  return x
+
+
+def _blocks(labels, num_clusters, size):
+  """Slots of blocks that hold one cluster each.
+
+  Returns:
+    int32 `[B, H, NK * size]`, the key of each slot, S for none; and int32
+    `[B, H, NK]`, how many keys each block has.
+  """
+  s = labels.shape[2]
+  num_blocks = s // size + num_clusters
+  member = jax.nn.one_hot(labels, num_clusters, dtype=jnp.int32)
+  count = jnp.sum(member, axis=2)
+  before = lambda x: jnp.cumsum(x, axis=-1) - x
+  first = before((count + size - 1) // size)
+  order = jnp.argsort(labels, axis=-1)
+  own = jnp.take_along_axis(labels, order, axis=-1)
+  of_own = lambda x: jnp.take_along_axis(x, own, axis=-1)
+  rank = jnp.arange(s) - of_own(before(count))
+  slot = (of_own(first) + rank // size) * size + rank % size
+  empty = jnp.full((*labels.shape[:2], num_blocks * size), s, jnp.int32)
+  source = block_lists.write(empty, slot, order.astype(jnp.int32))
+  filled = (source < s).reshape(*labels.shape[:2], num_blocks, size)
+  return source, jnp.sum(filled, axis=-1, dtype=jnp.int32)
