@@ -1,4 +1,4 @@
-"""Softmax attention with grouped heads.
+"""Softmax attention with grouped heads, dense and sparse.
 
 Dimensions: B batch, T query length, S key length, H query heads, G key/value
 heads (G divides H: query head h reads key head `h // (H / G)`), K head size.
@@ -10,13 +10,75 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+import kernels_pallas as ops
+from models import config as config_lib
 from models import layers
 
 # Finite, so that a row with nothing to attend to gives no NaN.
 _MASKED = -1e30
 _MIN_BLOCK = 128
 _MAX_BLOCKS = 8
+# From here on chunks of keys are as fast as whole rows, in far less memory.
+_LONG = 4096
+
+
+def mix(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  cfg: config_lib.Config,
+  position: int,
+  segment_ids: jax.Array | None = None,
+) -> jax.Array:
+  """The causal self-attention of a layer.
+
+  Args:
+    q: `[B, T, H, K]`, rotated.
+    k: `[B, T, G, K]`, rotated.
+    v: `[B, T, G, K]`.
+    cfg: the model.
+    position: of the layer in the pattern, where one of `config.SOFTMAX` is.
+    segment_ids: int `[B, T]`; a position attends only to its own segment.
+
+  Returns:
+    `[B, T, H, K]` in q's dtype.
+
+  Raises:
+    ValueError: for `segment_ids` where "window" has sinks, which are the
+      first tokens of a row and not of each segment.
+  """
+  mixer = cfg.pattern[position]
+  if mixer == "full":
+    return causal_attention(q, k, v, segment_ids=segment_ids)
+  if mixer == "sparse":
+    return ops.piecewise_attention(
+      q,
+      k,
+      v,
+      density=cfg.density,
+      block_size=cfg.block_size,
+      tail=cfg.tail,
+      causal=True,
+      segment_ids=segment_ids,
+    )
+  if segment_ids is not None and cfg.sink:
+    raise ValueError(
+      f"segment_ids: the mixer 'window' has sink={cfg.sink} first tokens of a "
+      "row, not of each segment; allowed with segments: sink=0"
+    )
+  return ops.windowed_attention(
+    q,
+    k,
+    v,
+    window=np.array(cfg.window_at(position)),
+    sink=cfg.sink,
+    block_q=cfg.block_size,
+    block_kv=cfg.block_size,
+    segment_ids=segment_ids,
+  )
 
 
 def attention(
@@ -28,23 +90,48 @@ def attention(
     q: `[B, T, H, K]`.
     k: `[B, S, G, K]`.
     v: `[B, S, G, K]`.
-    mask: bool, broadcastable to `[B, T, S]`, true where attending is allowed.
+    mask: as for `weigh`.
 
   Returns:
     `[B, T, H, K]` in q's dtype; scores and softmax are float32.
   """
+  return weigh(scores(q, k), v, mask).astype(q.dtype)
+
+
+def scores(q: jax.Array, k: jax.Array) -> jax.Array:
+  """Scaled products of all queries and keys, float32 `[B, H, T, S]`."""
   b, t, h, size = q.shape
   groups = k.shape[2]
   q = q.reshape(b, t, groups, h // groups, size)
-  scores = jnp.einsum(
+  products = jnp.einsum(
     "btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32
   )
-  scores = jnp.where(mask[:, None, None], scores * size**-0.5, _MASKED)
-  probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  return products.reshape(b, h, t, k.shape[1]) * size**-0.5
+
+
+def weigh(scores: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+  """Values by the softmax of their scores.
+
+  Args:
+    scores: float32 `[B, H, T, S]`.
+    v: `[B, S, G, K]`.
+    mask: bool, broadcastable to `[B, T, S]`, or of four axes to
+      `[B, H, T, S]`, true where attending is allowed.
+
+  Returns:
+    `[B, T, H, K]` in float32.
+  """
+  b, h, t, s = scores.shape
+  mask = mask[:, None] if mask.ndim == 3 else mask
+  probs = jax.nn.softmax(jnp.where(mask, scores, _MASKED), axis=-1)
+  groups, size = v.shape[2:]
   out = jnp.einsum(
-    "bgrts,bsgk->btgrk", probs, v, preferred_element_type=jnp.float32
+    "bgrts,bsgk->btgrk",
+    probs.astype(v.dtype).reshape(b, groups, h // groups, t, s),
+    v,
+    preferred_element_type=jnp.float32,
   )
-  return out.astype(q.dtype).reshape(b, t, h, size)
+  return out.reshape(b, t, h, size)
 
 
 def causal_attention(
@@ -71,6 +158,8 @@ def causal_attention(
     `[B, T, H, K]` in q's dtype; scores and softmax are float32.
   """
   b, t, h, size = q.shape
+  if t >= _LONG:
+    return ops.full_attention(q, k, v, causal=True, segment_ids=segment_ids)
   repeat = h // k.shape[2]
   q, k, v = (_heads_first(x) for x in (q, k, v))
   if repeat > 1:

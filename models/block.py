@@ -7,7 +7,7 @@ head size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,21 @@ from models import config as config_lib
 from models import layers
 
 Config = config_lib.Config
+Rotation = tuple[jax.Array, jax.Array]
+
+
+class Heads(NamedTuple):
+  """Queries, keys and values.
+
+  Attributes:
+    q: `[B, T, H, K]`.
+    k: `[B, T, G, K]`.
+    v: `[B, T, G, K]`.
+  """
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
 
 
 def embed(params: Any, tokens: jax.Array, cfg: Config) -> jax.Array:
@@ -42,16 +57,21 @@ def norm(x: jax.Array, p: Any, cfg: Config) -> jax.Array:
   return layers.rms_norm(x, p["attn_norm"], cfg.norm_eps)
 
 
-def project(
-  x: jax.Array, p: Any, cfg: Config, cos: jax.Array, sin: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Normed and rotated q [B, T, H, K], k and v [B, T, G, K] of one layer."""
-  y = norm(x, p, cfg)
-  shape = (*x.shape[:2], -1, cfg.key_size)
-  q, k, v = (
-    layers.matmul(y, layers.weight(p[n], x.dtype)).reshape(shape) for n in "qkv"
+def project(y: jax.Array, p: Any, cfg: Config) -> Heads:
+  """The heads of one layer from normed states [B, T, D], not rotated."""
+  shape = (*y.shape[:2], -1, cfg.key_size)
+  return Heads(
+    *(
+      layers.matmul(y, layers.weight(p[n], y.dtype)).reshape(shape)
+      for n in "qkv"
+    )
   )
-  return layers.rope(q, cos, sin), layers.rope(k, cos, sin), v
+
+
+def rotate(heads: Heads, rotation: Rotation) -> Heads:
+  """Heads with q and k rotated by (cosines, sines) of their positions."""
+  rope = lambda x: layers.rope(x, *rotation)
+  return heads._replace(q=rope(heads.q), k=rope(heads.k))
 
 
 def merge_heads(y: jax.Array, p: Any) -> jax.Array:

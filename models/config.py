@@ -6,8 +6,11 @@ import dataclasses
 import math
 from typing import Any, Literal, NamedTuple
 
-# What a layer may mix its tokens by; `models.mixers` has all but "full".
-MIXERS = ("full", "mdn", "gdn", "kda", "gla", "linear", "mamba2")
+# What a layer may mix its tokens by: softmax attention to every token, to a
+# window, or to chosen blocks, or one of `models.mixers`.
+SOFTMAX = ("full", "window", "sparse")
+LINEAR = ("mdn", "gdn", "kda", "gla", "linear", "mamba2")
+MIXERS = SOFTMAX + LINEAR
 
 _POSITIVE = (
   "vocab_size",
@@ -16,12 +19,14 @@ _POSITIVE = (
   "num_heads",
   "d_ff",
   "conv_width",
+  "block_size",
 )
 _CHOICES = {
   "remat": ("none", "full", "dots"),
   "compute_dtype": ("float32", "bfloat16"),
   "param_dtype": ("float32", "bfloat16"),
   "output_gate": ("own", "silu", "sigmoid"),
+  "tail": ("drop", "mean", "mean_global", "mean_local", "mean_var"),
 }
 
 
@@ -45,9 +50,9 @@ class LinearSizes(NamedTuple):
 class Config:
   """A LLaMA: RMSNorm, rotary positions, grouped heads, SwiGLU, no biases.
 
-  Its attention may give way to linear attention in any pattern of layers.
-  Every field is an int, float, str, bool or a tuple of str, so a config is
-  also JSON.
+  Its attention may give way to sparse or linear attention in any pattern of
+  layers. Every field is an int, float, str, bool or a tuple of str or int, so
+  a config is also JSON.
 
   Attributes:
     vocab_size: V, the number of token ids.
@@ -72,7 +77,18 @@ class Config:
       the residual stream get `init_std / sqrt(2 L)`.
     mixers: how the layers mix tokens, repeated in order until L: `("full",)`
       is softmax attention everywhere, `("gdn", "gdn", "gdn", "full")` a 3:1
-      hybrid; "gdn,gdn,gdn,full" is read as that tuple. See `models.mixers`.
+      hybrid; "gdn,gdn,gdn,full" is read as that tuple. "window" is softmax
+      attention to the last tokens and the first, "sparse" to chosen blocks,
+      with the other blocks pooled (`kernels_pallas.piecewise_attention`); the
+      rest is in `models.mixers`.
+    window: tokens, itself included, that a query of "window" sees: one number,
+      one per query head, or one per query head for each "window" of `mixers`,
+      in order (MoA, arXiv:2406.14909).
+    sink: first tokens that "window" sees besides.
+    density: share of the blocks that "sparse" attends to exactly.
+    block_size: tokens of a block of "window" and "sparse".
+    tail: what becomes of the other blocks of "sparse", as for
+      `kernels_pallas.block_sparse_attention`.
     linear_heads: value heads of the linear mixers; 0 means H.
     linear_key_heads: query and key heads of the linear mixers, a divisor of
       their value heads; 0 means as many.
@@ -106,6 +122,13 @@ class Config:
   z_loss: float = 0.0
   init_std: float = 0.02
   mixers: tuple[str, ...] = ("full",)
+  window: tuple[int, ...] = (256,)
+  sink: int = 4
+  density: float = 0.125
+  block_size: int = 64
+  tail: Literal["drop", "mean", "mean_global", "mean_local", "mean_var"] = (
+    "mean"
+  )
   linear_heads: int = 0
   linear_key_heads: int = 0
   linear_key_dim: int = 0
@@ -117,6 +140,7 @@ class Config:
 
   def __post_init__(self):
     object.__setattr__(self, "mixers", _names(self.mixers))
+    object.__setattr__(self, "window", _numbers(self.window))
     for field in dataclasses.fields(self):
       _check_type(field.name, getattr(self, field.name), field.default)
     for name in _POSITIVE:
@@ -135,6 +159,7 @@ class Config:
     )
     self._check_heads()
     self._check_mixers()
+    self._check_sparse()
 
   def _check_heads(self) -> None:
     heads, groups = self.num_heads, self.num_kv_heads
@@ -151,7 +176,7 @@ class Config:
       "0 or an even number",
     )
     if self.head_dim == 0 and (
-      "full" in self.mixers or not self.linear_key_dim
+      set(SOFTMAX) & set(self.mixers) or not self.linear_key_dim
     ):
       _check(
         "d_model",
@@ -180,6 +205,19 @@ class Config:
       "a bound below 0, or 0 for none",
     )
 
+  def _check_sparse(self) -> None:
+    heads, windows = self.num_heads, self.mixers.count("window")
+    allowed = {1, heads, heads * windows} - {0}
+    _check(
+      "window",
+      len(self.window) in allowed
+      and all(type(n) is int and n >= 1 for n in self.window),
+      self.window,
+      f"numbers of at least 1, {sorted(allowed)} of them",
+    )
+    _check("sink", self.sink >= 0, self.sink, "at least 0")
+    _check("density", 0 < self.density <= 1, self.density, "in (0, 1]")
+
   @property
   def kv_heads(self) -> int:
     """G, with the default filled in."""
@@ -206,7 +244,19 @@ class Config:
   def pattern(self) -> tuple[str, ...]:
     """The mixers of one period, of a single name where all layers agree."""
     used = self.mixers[: self.num_layers]
-    return used[:1] if len(set(used)) == 1 else used
+    windows = {
+      self.window_at(i) for i, name in enumerate(used) if name == "window"
+    }
+    same = len(set(used)) == 1 and len(windows) <= 1
+    return used[:1] if same else used
+
+  def window_at(self, position: int) -> tuple[int, ...]:
+    """The windows of the query heads at a position of the pattern."""
+    heads = self.num_heads
+    if len(self.window) == 1:
+      return self.window * heads
+    start = self.mixers[:position].count("window") * heads
+    return self.window[start % len(self.window) :][:heads]
 
   def layers_at(self, position: int) -> int:
     """How many of the L layers stand at a position of the pattern."""
@@ -218,6 +268,13 @@ def _names(mixers: Any) -> Any:
   if isinstance(mixers, str):
     return tuple(name.strip() for name in mixers.split(",") if name.strip())
   return tuple(mixers) if isinstance(mixers, list) else mixers
+
+
+def _numbers(window: Any) -> Any:
+  """The windows as a tuple, from one number or what JSON makes of one."""
+  if isinstance(window, list):
+    return tuple(window)
+  return (window,) if type(window) is int else window
 
 
 def _check(name: str, ok: bool, got: Any, allowed: str) -> None:

@@ -1,8 +1,11 @@
 """Decoding with a cache of what each layer remembers.
 
-Softmax attention keeps the keys and values of every token, a linear mixer a
-state of constant size. Dimensions: B batch, T length, S cache length, V
-vocabulary, L layers, D width, G key/value heads, K head size.
+Softmax attention keeps keys and values, all of them or as a policy has it
+(`models.cache_policies`), a linear mixer a state of constant size. The mixer
+"window" keeps its window and its first tokens; "sparse" reads all keys there
+are, for one query has no block of queries to choose for.
+
+Dimensions: B batch, T length, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,28 +15,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models import attention, block, layers, mixers, stack
+from models import block, cache_policies, layers, mixers, stack
 from models import config as config_lib
-
-
-class KeysValues(NamedTuple):
-  """What softmax attention keeps.
-
-  Attributes:
-    keys: `[L, B, S, G, K]` in the compute dtype, rotated.
-    values: `[L, B, S, G, K]`.
-  """
-
-  keys: jax.Array
-  values: jax.Array
 
 
 class Cache(NamedTuple):
   """What the layers remember of the tokens so far.
 
   Attributes:
-    states: by position of the mixer pattern, the `KeysValues` or the
-      `mixers.State` of its layers, stacked in front.
+    states: by position of the mixer pattern, the `cache_policies.Entry` or
+      the `mixers.State` of its layers, stacked in front.
     length: int32 scalar, how many tokens that is.
   """
 
@@ -41,11 +32,26 @@ class Cache(NamedTuple):
   length: jax.Array
 
 
-def init_cache(cfg: config_lib.Config, batch: int, max_length: int) -> Cache:
+def init_cache(
+  cfg: config_lib.Config,
+  batch: int,
+  max_length: int,
+  *,
+  policy: cache_policies.Policy | None = None,
+) -> Cache:
   """An empty cache for `batch` sequences of at most `max_length` tokens.
 
-  Without softmax attention its size, and how far decoding may go, do not
-  depend on `max_length`.
+  Where no layer keeps every token, its size, and how far decoding may go, do
+  not depend on `max_length`.
+
+  Args:
+    cfg: the model.
+    batch: B.
+    max_length: at least 1.
+    policy: what the layers "full" and "sparse" keep; None is everything.
+
+  Returns:
+    The cache, which knows its policies: decoding needs not be told.
 
   Raises:
     ValueError: `batch` or `max_length` is below 1.
@@ -53,26 +59,38 @@ def init_cache(cfg: config_lib.Config, batch: int, max_length: int) -> Cache:
   for name, value in (("batch", batch), ("max_length", max_length)):
     if value < 1:
       raise ValueError(f"{name}: got {value}; allowed: at least 1")
+  everything = policy or cache_policies.Full()
 
   def state(position, mixer):
-    n = cfg.layers_at(position)
-    if mixer == "full":
-      shape = (n, batch, max_length, cfg.kv_heads, cfg.key_size)
-      dtype = jnp.dtype(cfg.compute_dtype)
-      # Two buffers: one could not be donated as both.
-      return KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-    return jax.tree.map(
-      lambda x: jnp.zeros((n, *x.shape), x.dtype),
-      mixers.init_state(mixer, cfg, batch),
-    )
+    if mixer in config_lib.LINEAR:
+      one = mixers.init_state(mixer, cfg, batch)
+    else:
+      own = everything
+      if mixer == "window":
+        own = cache_policies.Window(cfg.window_at(position), cfg.sink)
+      one = cache_policies.Entry(own.init(cfg, batch, max_length), own)
+    return _repeat(one, cfg.layers_at(position))
 
   states = tuple(state(*entry) for entry in enumerate(cfg.pattern))
   return Cache(states, jnp.zeros((), jnp.int32))
 
 
-def cache_bytes(cfg: config_lib.Config, length: int) -> int:
+def _repeat(tree, n):
+  """`n` copies of each array, stacked."""
+  # One array each: two that were one could not both be donated.
+  return jax.tree.map(
+    lambda x: jnp.array(jnp.broadcast_to(x, (n, *x.shape))), tree
+  )
+
+
+def cache_bytes(
+  cfg: config_lib.Config,
+  length: int,
+  *,
+  policy: cache_policies.Policy | None = None,
+) -> int:
   """Bytes of what is kept of one sequence of `length` tokens."""
-  cache = jax.eval_shape(lambda: init_cache(cfg, 1, length))
+  cache = jax.eval_shape(lambda: init_cache(cfg, 1, length, policy=policy))
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.states))
 
 
@@ -108,31 +126,28 @@ def prefill(
     ValueError: T is 0 or exceeds the cache.
   """
   length = tokens.shape[1]
-  kept = [s for s in cache.states if isinstance(s, KeysValues)]
-  capacity = kept[0].keys.shape[2] if kept else max(length, 1)
-  if not 1 <= length <= capacity:
-    raise ValueError(
-      f"tokens: got a length of {length}; allowed: 1 to max_length={capacity}"
+  capacity = _capacity(cache)
+  if length < 1 or (capacity is not None and length > capacity):
+    allowed = (
+      "at least 1" if capacity is None else f"1 to max_length={capacity}"
     )
-  rotation = mask = None
-  if kept:
-    positions = cache.length + jnp.arange(length)
-    rotation = layers.rope_table(positions, cfg.key_size, cfg.rope_theta)
-    mask = (jnp.arange(capacity) <= positions[:, None])[None]
+    raise ValueError(f"tokens: got a length of {length}; allowed: {allowed}")
+  positions = cache.length + jnp.arange(length)
+  rotation = layers.rope_table(positions, cfg.key_size, cfg.rope_theta)
   x = block.embed(params, tokens, cfg)
 
-  def body(mixer, x, entry):
+  def body(position, x, entry):
     p, state = entry
-    if mixer == "full":
-      q, k, v = block.project(x, p, cfg, *rotation)
-      start = (0, cache.length, 0, 0)
-      keys = jax.lax.dynamic_update_slice(state.keys, k, start)
-      values = jax.lax.dynamic_update_slice(state.values, v, start)
-      state = KeysValues(keys, values)
-      y = attention.attention(q, keys, values, mask=mask)
-      y = block.merge_heads(y, p)
+    mixer, y = cfg.pattern[position], block.norm(x, p, cfg)
+    if mixer in config_lib.LINEAR:
+      y, state = mixers.apply(mixer, y, p, cfg, state=state)
     else:
-      y, state = mixers.apply(mixer, block.norm(x, p, cfg), p, cfg, state=state)
+      new = cache_policies.New(
+        y, block.project(y, p, cfg), rotation, cache.length
+      )
+      y, kept = state.policy.attend(state.state, new, p, cfg)
+      state = cache_policies.Entry(kept, state.policy)
+      y = block.merge_heads(y, p)
     x = x + y
     return x + block.feed_forward(x, p, cfg), state
 
@@ -141,3 +156,13 @@ def prefill(
   x = layers.rms_norm(x[:, -1], params["final_norm"], cfg.norm_eps)
   logits = block.logits(x, params, cfg)
   return logits, Cache(states, cache.length + length)
+
+
+def _capacity(cache):
+  """How many tokens every layer has room for; None is any number."""
+  found = [
+    entry.policy.capacity(entry.state)
+    for entry in cache.states
+    if isinstance(entry, cache_policies.Entry)
+  ]
+  return min((n for n in found if n is not None), default=None)

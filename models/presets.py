@@ -107,6 +107,28 @@ def preset(name: str, **overrides: Any) -> config_lib.Config:
   return make(size, **overrides)
 
 
+def longgen_mixers(num_layers: int) -> tuple[str, ...]:
+  """The pattern of LongGen (arXiv:2410.01485): the middle third is "full".
+
+  The layers before and after have the mixer "window".
+
+  Args:
+    num_layers: L, at least 3.
+
+  Returns:
+    A value for `Config.mixers`, of L names.
+
+  Raises:
+    ValueError: fewer layers.
+  """
+  if num_layers < 3:
+    raise ValueError(f"num_layers: got {num_layers}; allowed: at least 3")
+  full = round(num_layers / 3)
+  before = (num_layers - full) // 2
+  after = num_layers - full - before
+  return ("window",) * before + ("full",) * full + ("window",) * after
+
+
 def _check(got: str, allowed: dict[str, Any], field: str = "size") -> None:
   if got not in allowed:
     near = difflib.get_close_matches(str(got).upper(), allowed, cutoff=0.3)

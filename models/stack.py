@@ -35,7 +35,7 @@ def join(stacks: Sequence[Any], cfg: config_lib.Config) -> Any:
 
 
 def walk(
-  layer: Callable[[str, jax.Array, Any], tuple[jax.Array, Any]],
+  layer: Callable[[int, jax.Array, Any], tuple[jax.Array, Any]],
   x: jax.Array,
   stacks: Sequence[Any],
   cfg: config_lib.Config,
@@ -45,7 +45,8 @@ def walk(
   """Takes `x` through all layers.
 
   Args:
-    layer: `(mixer, x, entry) -> (x, out)`, of one layer.
+    layer: `(position, x, entry) -> (x, out)`, of one layer at a position of
+      the pattern.
     x: what the first layer gets.
     stacks: by position, a pytree whose leaves have the position's layers in
       front.
@@ -63,8 +64,8 @@ def walk(
 
   def period(x, entries):
     new = []
-    for mixer, entry in zip(pattern, entries, strict=True):
-      x, out = layer(mixer, x, entry)
+    for position, entry in enumerate(entries):
+      x, out = layer(position, x, entry)
       new.append(out)
     return x, tuple(new)
 
@@ -79,7 +80,7 @@ def walk(
   for i in range(done, cfg.num_layers):
     position, index = i % len(pattern), i // len(pattern)
     entry = jax.tree.map(lambda leaf, i=index: leaf[i], stacks[position])
-    x, out = layer(pattern[position], x, entry)
+    x, out = layer(position, x, entry)
     outs[position].append(jax.tree.map(lambda leaf: leaf[None], out))
   return x, tuple(_concatenate(out) for out in outs)
 
@@ -88,11 +89,44 @@ def _concatenate(trees):
   return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
 
 
-def interleave(
-  stacks: Sequence[jax.Array], cfg: config_lib.Config
-) -> jax.Array:
-  """Arrays stacked by position as one `[L, ...]` in the order of layers."""
+def interleave(stacks: Sequence[Any], cfg: config_lib.Config) -> Any:
+  """Trees stacked by position as one `[L, ...]` in the order of layers.
+
+  Positions whose tree is None are left out.
+  """
   if len(stacks) == 1:
     return stacks[0]
   n = len(stacks)
-  return jnp.stack([stacks[i % n][i // n] for i in range(cfg.num_layers)])
+  order = [i for i in range(cfg.num_layers) if stacks[i % n] is not None]
+  entries = [
+    jax.tree.map(lambda leaf, i=i: leaf[i // n], stacks[i % n]) for i in order
+  ]
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *entries)
+
+
+def with_leaves(
+  params: Any,
+  leaves: dict[str, jax.Array],
+  cfg: config_lib.Config,
+  mixers: Sequence[str],
+) -> Any:
+  """Parameters with further leaves in the layers of some mixers.
+
+  Args:
+    params: as for `transformer.apply`.
+    leaves: by name, an array with those layers in front, in their order.
+    cfg: the model.
+    mixers: which layers.
+
+  Returns:
+    The parameters.
+  """
+  period = len(cfg.pattern)
+  own = [i for i in range(period) if cfg.pattern[i] in mixers]
+  which = [i for i in range(cfg.num_layers) if i % period in own]
+  stacks = [dict(entry) for entry in split(params["layers"], cfg)]
+  for position in own:
+    rows = [n for n, layer in enumerate(which) if layer % period == position]
+    for name, leaf in leaves.items():
+      stacks[position][name] = leaf[jnp.array(rows)]
+  return {**params, "layers": join(stacks, cfg)}

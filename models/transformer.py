@@ -1,8 +1,9 @@
 """A decoder-only transformer as pure functions of a nested dict of arrays.
 
-A LLaMA, or one whose attention some or all layers replace by linear attention
-(`Config.mixers`). Dimensions: B batch, T length, V vocabulary, L layers, D
-width, H query heads, G key/value heads, K head size, F feed-forward width.
+A LLaMA, or one whose attention some or all layers replace by sparse or linear
+attention (`Config.mixers`). Dimensions: B batch, T length, V vocabulary, L
+layers, D width, H query heads, G key/value heads, K head size, F feed-forward
+width.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ Config = config_lib.Config
 llama = presets.llama
 mdn = presets.mdn
 preset = presets.preset
+longgen_mixers = presets.longgen_mixers
 init_cache = decode.init_cache
 decode_step = decode.decode_step
 Params = Any
@@ -41,10 +43,13 @@ class Output(NamedTuple):
     logits: float32 `[B, T, V]`.
     hidden: None, or on request `[L + 1, B, T, D]`: the residual stream as the
       embedding gives it and after each layer, before the final norm.
+    qkv: None, or on request the rotated queries, keys and values
+      `[N, B, T, ., K]` of the N layers with softmax attention.
   """
 
   logits: jax.Array
   hidden: jax.Array | None = None
+  qkv: block.Heads | None = None
 
 
 def param_specs(cfg: Config) -> dict[str, Any]:
@@ -61,10 +66,10 @@ def param_specs(cfg: Config) -> dict[str, Any]:
   )
 
   def stacked(position, mixer):
-    if mixer == "full":
-      own = _attention_specs(cfg)
-    else:
+    if mixer in config_lib.LINEAR:
       own = mixers.param_specs(mixer, cfg)
+    else:
+      own = _attention_specs(cfg)
     layer = {
       "attn_norm": gain,
       **own,
@@ -133,6 +138,7 @@ def apply(
   cfg: Config,
   segment_ids: jax.Array | None = None,
   return_hidden: bool = False,
+  return_qkv: bool = False,
   residual_sharding: jax.sharding.Sharding | None = None,
 ) -> Output:
   """Logits of the next token at every position.
@@ -146,6 +152,8 @@ def apply(
       Linear mixers start afresh where the id changes, so a segment that is
       to be one must be contiguous.
     return_hidden: also return the residual stream.
+    return_qkv: also return what softmax attention is given; needs a layer
+      that has it.
     residual_sharding: how to divide the residual stream `[B, T, D]` where
       the parameters are divided; without it the compiler may divide D and do
       the work of a smaller batch several times.
@@ -153,12 +161,18 @@ def apply(
   Returns:
     An `Output`.
   """
-  x, hidden = _trunk(
-    params, tokens, cfg, segment_ids, return_hidden, residual_sharding
+  x, hidden, qkv = _trunk(
+    params,
+    tokens,
+    cfg,
+    segment_ids,
+    residual_sharding,
+    return_hidden=return_hidden,
+    return_qkv=return_qkv,
   )
   with jax.named_scope("head"):
     logits = block.logits(x, params, cfg)
-  return Output(logits, hidden)
+  return Output(logits, hidden, qkv)
 
 
 def loss(
@@ -187,7 +201,7 @@ def loss(
     The float32 loss to differentiate, and metrics: "nll" (the loss without
     z-loss), "z_loss" (already weighted by `cfg.z_loss`).
   """
-  x, _ = _trunk(params, tokens, cfg, segment_ids, False, residual_sharding)
+  x, _, _ = _trunk(params, tokens, cfg, segment_ids, residual_sharding)
   with jax.named_scope("loss"):
     return losses.linear_cross_entropy(
       x,
@@ -198,8 +212,17 @@ def loss(
     )
 
 
-def _trunk(params, tokens, cfg, segment_ids, return_hidden, residual_sharding):
-  """The normed last state [B, T, D] and, on request, the residual stream."""
+def _trunk(
+  params,
+  tokens,
+  cfg,
+  segment_ids,
+  residual_sharding,
+  *,
+  return_hidden=False,
+  return_qkv=False,
+):
+  """The normed last state [B, T, D] and, on request, `hidden` and `qkv`."""
   if residual_sharding is None:
     divide = lambda x: x
   else:
@@ -207,40 +230,45 @@ def _trunk(params, tokens, cfg, segment_ids, return_hidden, residual_sharding):
   with jax.named_scope("embed"):
     x = divide(block.embed(params, tokens, cfg))
   rotation = None
-  if "full" in cfg.pattern:
+  if set(config_lib.SOFTMAX) & set(cfg.pattern):
     positions = jnp.arange(tokens.shape[1])
     rotation = layers.rope_table(positions, cfg.key_size, cfg.rope_theta)
   number = None if segment_ids is None else _number_segments(segment_ids)
 
-  def body(mixer, x, layer):
+  def body(position, x, layer):
+    mixer, heads = cfg.pattern[position], None
     with jax.named_scope("attention" if mixer == "full" else mixer):
-      if mixer == "full":
-        q, k, v = block.project(x, layer, cfg, *rotation)
-        y = attention.causal_attention(q, k, v, segment_ids=segment_ids)
-        y = block.merge_heads(y, layer)
-      else:
-        y = block.norm(x, layer, cfg)
+      y = block.norm(x, layer, cfg)
+      if mixer in config_lib.LINEAR:
         y, _ = mixers.apply(mixer, y, layer, cfg, segments=number)
+      else:
+        heads = block.rotate(block.project(y, layer, cfg), rotation)
+        y = attention.mix(
+          *heads, cfg=cfg, position=position, segment_ids=segment_ids
+        )
+        y = block.merge_heads(y, layer)
       x = divide(x + y)
     with jax.named_scope("mlp"):
       x = divide(x + block.feed_forward(x, layer, cfg))
-    return x, (x if return_hidden else None)
+    return x, (x if return_hidden else None, heads if return_qkv else None)
 
   first = x
-  x, states = stack.walk(
+  x, outs = stack.walk(
     _remat(body, cfg),
     x,
     stack.split(params["layers"], cfg),
     cfg,
     scan=cfg.scan_layers,
   )
-  hidden = None
+  hidden = qkv = None
   if return_hidden:
-    states = stack.interleave(states, cfg)
+    states = stack.interleave([x for x, _ in outs], cfg)
     hidden = jnp.concatenate([first[None], states])
+  if return_qkv:
+    qkv = stack.interleave([heads for _, heads in outs], cfg)
   with jax.named_scope("final_norm"):
     x = layers.rms_norm(x, params["final_norm"], cfg.norm_eps)
-  return x, hidden
+  return x, hidden, qkv
 
 
 def _number_segments(ids):

@@ -101,9 +101,7 @@ def _chunks(rows, repeat, t, s):
   # The heads that share a key head are rows of the same product.
   most_q, most_kv = max(_LEAST, _CHUNK_Q // repeat), _CHUNK_KV
   while rows * most_q * most_kv > _SCORES and max(most_q, most_kv) > _LEAST:
-    if most_kv > 2 * most_q:
-      most_kv = max(_LEAST, most_kv // 2)
-    elif most_q > _LEAST:
+    if most_q > _LEAST and most_kv <= 2 * most_q:
       most_q = max(_LEAST, most_q // 2)
     else:
       most_kv = max(_LEAST, most_kv // 2)

@@ -31,10 +31,9 @@ def small_chunks(monkeypatch):
     # One chunk; several, ragged; more keys than queries and fewer.
     (7, 5, False, False, "float64"),
     (70, 100, False, False, "float64"),
-    (100, 40, False, False, "float32"),
-    (75, 75, True, False, "float64"),
+    (100, 40, False, False, "float64"),
+    (64, 64, True, False, "float32"),
     (75, 75, True, True, "float64"),
-    (64, 64, False, True, "float32"),
     (40, 40, True, True, "bfloat16"),
   ],
 )

@@ -17,7 +17,7 @@ from jaxlib_ext import labels, sharding, specs
 from models import config, convert, decode, sampling, transformer
 
 EPS = 2.0**-24
-LINEAR = tuple(name for name in config.MIXERS if name != "full")
+LINEAR = config.LINEAR
 # Two whole periods and one layer more.
 CFG = transformer.Config(
   vocab_size=29,

@@ -16,7 +16,7 @@ from models import config, gates, layers, mixers, transformer
 from tests.models import linear_reference
 
 EPS = 2.0**-24
-LINEAR = [name for name in config.MIXERS if name != "full"]
+LINEAR = config.LINEAR
 # Two value heads to a key head; sizes that no power of two hides.
 CFG = transformer.Config(
   mixers=("mdn",),
