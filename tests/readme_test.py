@@ -10,7 +10,9 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_snippets_run():
-  train, quantized, linear = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+  train, quantized, linear, sparse = re.findall(
+    r"```python\n(.*?)```", TEXT, re.DOTALL
+  )
   names = {}
   exec(train, names)
   tokens = jax.random.randint(jax.random.key(1), (2, 17), 0, 256)
@@ -26,6 +28,9 @@ def test_snippets_run():
   exec(linear, names)
   assert names["o"].shape == (2, 96, 4, 64)
   assert names["hybrid"].mixers == ("mdn", "mdn", "mdn", "full")
+  exec(sparse, names)
+  for name in ("near_dense", "o", "streaming"):
+    assert names[name].shape == (1, 256, 4, 32)
 
 
 def test_links_lead_somewhere():

@@ -1,0 +1,1 @@
+"""Diffusion on images and video: data, training, pictures, metrics."""

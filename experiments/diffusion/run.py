@@ -1,0 +1,234 @@
+"""A run of `experiments.train_dit`: a directory in, a trained model out.
+
+As `experiments.loop`, whose directory, checkpoints and claims it shares:
+everything a run knows lies in its directory, and every decision depends on
+the step number alone.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from experiments import data as text_data
+from experiments import errors, loop, reports, signals
+from experiments.diffusion import configs, metrics, pictures, trainer
+from experiments.diffusion import data as data_lib
+from jaxlib_ext import checkpoint, records
+from jaxlib_ext import config as config_lib
+from models import dit
+
+
+class Run(loop.Run):
+  """One run in one directory.
+
+  Args:
+    config: as `configs.resolve` gives it.
+    workdir: made if absent; another config's directory is refused.
+
+  Raises:
+    UserError: bad data, or another config's directory.
+  """
+
+  def __init__(self, config: configs.Config, workdir: pathlib.Path):
+    self.config, self.workdir = config, workdir
+    self.main = True
+    self.metrics_path = workdir / "metrics.jsonl"
+    shape = config.build(num_classes=1).input_shape
+    self._claim()
+    self.corpus = data_lib.load(config.data, shape)
+    if self.stored:
+      _check_corpus(self.corpus, self.stored)
+    cfg = config.build(len(self.corpus.classes))
+    self.trainer = trainer.Trainer(config, cfg)
+    self._write_config(cfg)
+
+  def train(self) -> dict[str, Any]:
+    """Runs to the end or to a signal.
+
+    Returns:
+      What `summary.json` holds; empty where a signal ended the run early.
+
+    Raises:
+      UserError: no readable checkpoint, or a loss that is not finite.
+    """
+    training, every = self.config.training, self.config.samples.every
+    state = self.restore()
+    first = step = int(state.step)
+    records.keep(self.metrics_path, lambda m: m["step"] <= first)
+    batch_of = self.corpus.batches(training.batch_size, training.seed)
+    self._banner(first)
+    with (
+      signals.Interrupt() as interrupt,
+      text_data.Prefetcher(batch_of, first) as batches,
+      reports.Meter(self, first) as meter,
+    ):
+      signalled = None
+      while step < training.steps and not signalled:
+        state, values = self.trainer.step(state, next(batches))
+        step += 1
+        signalled = interrupt.seen()
+        last = step == training.steps
+        evaluate = last or _due(step, training.eval_every)
+        log = evaluate or _due(step, training.log_every)
+        save = last or signalled or _due(step, training.checkpoint_every)
+        draw = _due(step, every)
+        if not (log or save or draw):
+          continue
+        # Before a save too: a loss that is not finite must not be kept.
+        record = meter.measure(step, values)
+        if evaluate:
+          record["eval_loss"] = self._evaluation(state.ema)
+        if log:
+          meter.write(step, record)
+        if draw:
+          self._draw(state.ema, f"step_{step:06}.png")
+        if save:
+          self.checkpoints.save(step, state)
+        meter.restart(step)
+    self.checkpoints.close()
+    if step < training.steps:
+      self._say(
+        f"{signalled}: saved step {step} of {training.steps}; "
+        "the same command continues"
+      )
+      return {}
+    return self._finish(state)
+
+  def _held_out(self) -> Any:
+    training = self.config.training
+    return self.corpus.eval_batches(training.batch_size, training.eval_batches)
+
+  def _evaluation(self, params: Any, shift: int = 0) -> float:
+    return self.trainer.evaluate(params, self._held_out(), shift)
+
+  def _draw(self, params: Any, name: str) -> dict[str, float]:
+    """Draws samples into `samples/`; their likeness where there is a truth."""
+    batch = next(self.corpus.eval_batches(self.config.samples.count, 1))
+    drawn = self.trainer.sample(params, batch)
+    directory = self.workdir / "samples"
+    directory.mkdir(exist_ok=True)
+    rows = [("sample", drawn)]
+    likeness = {}
+    if self.trainer.cfg.context:
+      context = trainer.to_pixels(trainer.grey(trainer.to_model(batch.x)))
+      rows = [("context", context), *rows, ("original", batch.x)]
+      likeness = {"sample_psnr": metrics.psnr(drawn, batch.x)}
+      likeness["grey_psnr"] = metrics.psnr(context, batch.x)
+    if drawn.ndim == 5:  # a row for each clip
+      rows = [
+        (label, clips[i]) for i in range(len(drawn)) for label, clips in rows
+      ]
+    pictures.save_grid(directory / name, rows)
+    return likeness
+
+  def _banner(self, first: int) -> None:
+    """What a reader needs to judge the numbers that follow."""
+    run, cfg, training = self.trainer, self.trainer.cfg, self.config.training
+    optimizer, corpus = self.config.optimizer, self.corpus
+    self._say(
+      f"data       {len(corpus.train):,} examples of {cfg.input_shape}, "
+      f"{len(corpus.held_out):,} held out, {len(corpus.classes)} classes\n"
+      f"model      {run.num_params:,} parameters: {cfg.num_layers} layers of "
+      f"{cfg.d_model}, {training.seq_len} tokens, {cfg.attention} attention, "
+      f"{cfg.compute_dtype}\n"
+      f"optimizer  {optimizer.name}, learning rate "
+      f"{optimizer.learning_rate:g}: a step holds "
+      f"{reports.bytes_text(run.planned_bytes())}\n"
+      f"training   {training.steps} steps of {training.batch_size} examples, "
+      f"{'from the start' if not first else f'resuming after step {first}'}"
+    )
+
+  def _finish(self, state: trainer.TrainState) -> dict[str, Any]:
+    """The plot, the samples, the summary and the last words."""
+    lines = records.read(self.metrics_path)
+    evals = [m["eval_loss"] for m in lines if "eval_loss" in m]
+    summary = {
+      "name": self.config.name,
+      "step": self.config.training.steps,
+      "parameters": self.trainer.num_params,
+      "final_loss": lines[-1]["loss"],
+      "final_eval_loss": evals[-1],
+      "best_eval_loss": min(evals),
+      **self._draw(state.ema, "final.png"),
+      "peak_bytes": self.trainer.peak_bytes(),
+      "wall_time": lines[-1]["seconds"],
+      "corpus": self.corpus.describe(),
+      **records.provenance(),
+    }
+    if self.trainer.cfg.context:
+      summary["eval_loss_other_context"] = self._evaluation(state.ema, 1)
+    pictures.plot_loss(
+      self.workdir / "loss.png",
+      lines,
+      title=f"{self.config.name}: {self.config.optimizer.name}",
+    )
+    records.write_json(self.workdir / "summary.json", summary)
+    self._say(
+      f"held-out loss {summary['final_eval_loss']:.4f} (mean squared error of "
+      f"the velocity, uniform times)\nwritten to {self.workdir}: "
+      "summary.json, metrics.jsonl, loss.png, samples/, tensorboard/, "
+      "checkpoints/"
+    )
+    return summary
+
+
+class Trained(NamedTuple):
+  """A model that a run has left.
+
+  Attributes:
+    cfg: the model; replace `attention` and what belongs to it at will.
+    params: the running mean of the parameters.
+    config: of the run.
+    corpus: its data.
+    step: completed steps.
+  """
+
+  cfg: dit.Config
+  params: Any
+  config: configs.Config
+  corpus: data_lib.Corpus
+  step: int
+
+
+def load(workdir: pathlib.Path, path: str = "") -> Trained:
+  """Reads the latest checkpoint of a run.
+
+  Args:
+    workdir: of the run.
+    path: where the data lie now, if elsewhere.
+
+  Raises:
+    UserError: no such run, no readable checkpoint, or other data.
+  """
+  workdir = pathlib.Path(workdir)
+  try:
+    stored = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    config = config_lib.from_dict(configs.Config, stored["config"])
+    cfg = config_lib.from_dict(dit.Config, stored["model"])
+  except (OSError, ValueError, KeyError) as e:
+    raise errors.UserError(f"{workdir}: not the directory of a run: {e}") from e
+  if path:
+    config = config_lib.replace(config, "data.path", path)
+  corpus = data_lib.load(config.data, cfg.input_shape)
+  _check_corpus(corpus, stored)
+  checkpoints = checkpoint.Checkpointer(workdir / "checkpoints")
+  found = checkpoints.restore_latest(trainer.Trainer(config, cfg).target)
+  whole = [s for _, s in found if not isinstance(s, checkpoint.CheckpointError)]
+  checkpoints.close()
+  if not whole:
+    raise errors.UserError(f"{workdir}: no checkpoint that can be read")
+  return Trained(cfg, whole[0].ema, config, corpus, int(whole[0].step))
+
+
+def _check_corpus(corpus, stored):
+  if stored["corpus"]["hash"] != corpus.hash:
+    raise errors.UserError(
+      "data: the examples have changed since this run began: hash "
+      f"{stored['corpus']['hash']} then, {corpus.hash} now"
+    )
+
+
+def _due(step, every):
+  return every > 0 and step % every == 0
