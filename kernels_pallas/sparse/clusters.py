@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import arguments
-from kernels_pallas.sparse import api, choose, core, problem, select
+from kernels_pallas.sparse import api, choose, core, problem, products, select
 from kernels_pallas.sparse import blocks as block_lists
 
 
@@ -70,13 +70,13 @@ def kmeans(
   def assign(centroids):
     # |x - c|^2 less what all clusters share.
     norms = jnp.sum(jnp.square(centroids), axis=-1)
-    products = jnp.einsum("bhtk,bhck->bhtc", x, centroids)
-    return jnp.argmin(norms[:, :, None] - 2 * products, axis=-1)
+    inner = products.einsum("bhtk,bhck->bhtc", x, centroids)
+    return jnp.argmin(norms[:, :, None] - 2 * inner, axis=-1)
 
   def body(_, centroids):
     member = jax.nn.one_hot(assign(centroids), num_clusters, dtype=x.dtype)
     count = jnp.sum(member, axis=2)[..., None]
-    total = jnp.einsum("bhtc,bhtk->bhck", member, x)
+    total = products.einsum("bhtc,bhtk->bhck", member, x)
     return jnp.where(count > 0, total / jnp.maximum(count, 1), centroids)
 
   centroids = jax.lax.fori_loop(0, iterations - 1, body, start)

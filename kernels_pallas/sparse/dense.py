@@ -298,6 +298,7 @@ def _dot(a, b, a_axis, b_axis):
     a,
     b,
     (((a_axis,), (b_axis,)), ((0, 1), (0, 1))),
+    precision="highest",
     preferred_element_type=jnp.promote_types(a.dtype, jnp.float32),
   )
 

@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import arguments
-from kernels_pallas.sparse import api, choose, problem, select, statistics
+from kernels_pallas.sparse import (
+  api,
+  choose,
+  problem,
+  products,
+  select,
+  statistics,
+)
 
 # The share of coarse weights whose sum says how sharp a query block is.
 _SHARPNESS = 0.0625
@@ -244,7 +251,8 @@ def in_context_attention(
   out = _join(out, target, t)
   if residual is not None:
     mean_v = statistics.mean(blocks.v, blocks.lengths)
-    added = jnp.broadcast_to((coarse @ mean_v)[..., None, :], blocks.v.shape)
+    pooled = products.einsum("bhij,bhjv->bhiv", coarse, mean_v)
+    added = jnp.broadcast_to(pooled[..., None, :], blocks.v.shape)
     out = out + residual[..., None] * _join(added, target, t)
   return out.astype(v.dtype)
 

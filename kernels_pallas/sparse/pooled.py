@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.sparse import problem
+from kernels_pallas.sparse import problem, products
 
 # Scores held at once, in elements per (B, H): small enough for a cache.
 _SCORES = 1 << 18
@@ -110,44 +110,51 @@ def _row_gradients(rows, tail, options, lse, g, delta):
   scale = options.scale
   scores, free = _scores(rows, tail, options)
   probs = jnp.exp(scores - lse)
-  einsum = lambda *x: jnp.einsum(*x, optimize=False)
-  inner = einsum("bgrnqv,bgjv->bgrnqj", g, tail.v)
+  inner = products.einsum("bgrnqv,bgjv->bgrnqj", g, tail.v)
   grads = problem.Tail(
-    k=None, v=einsum("bgrnqj,bgrnqv->bgjv", probs, g), bias=None
+    k=None, v=products.einsum("bgrnqj,bgrnqv->bgjv", probs, g), bias=None
   )
   dq, dslope = 0.0, None
   if tail.slope is not None:
     # slope^T q meets every pooled key alike: it sees only their total weight.
     share = jnp.sum(probs, axis=-1, keepdims=True)
-    turned = einsum("bgrnqv,bgnkv->bgrnqk", g, _all(rows.slope, rows))
+    turned = products.einsum("bgrnqv,bgnkv->bgrnqk", g, _all(rows.slope, rows))
     inner = inner + scale * jnp.sum(rows.q * turned, axis=-1, keepdims=True)
     dq = scale * share * turned
-    dslope = scale * einsum("bgrnqk,bgrnqv->bgnkv", share * rows.q, g)
+    dslope = scale * products.einsum("bgrnqk,bgrnqv->bgnkv", share * rows.q, g)
     if rows.slope.shape[2] == 1:
       dslope = jnp.sum(dslope, axis=2, keepdims=True)
   if tail.local is not None:
-    turned = einsum("bgrnqv,bgjkv->bgrnqjk", g, tail.local)
-    inner = inner + scale * einsum("bgrnqk,bgrnqjk->bgrnqj", rows.q, turned)
-    dq = dq + scale * einsum("bgrnqj,bgrnqjk->bgrnqk", probs, turned)
+    turned = products.einsum("bgrnqv,bgjkv->bgrnqjk", g, tail.local)
+    inner = inner + scale * products.einsum(
+      "bgrnqk,bgrnqjk->bgrnqj", rows.q, turned
+    )
+    dq = dq + scale * products.einsum("bgrnqj,bgrnqjk->bgrnqk", probs, turned)
     outer = scale * probs[..., None] * rows.q[..., None, :]
-    grads = grads._replace(local=einsum("bgrnqjk,bgrnqv->bgjkv", outer, g))
+    grads = grads._replace(
+      local=products.einsum("bgrnqjk,bgrnqv->bgjkv", outer, g)
+    )
   dscores = probs * (inner - delta)
-  dq = dq + scale * einsum("bgrnqj,bgjk->bgrnqk", dscores, tail.k)
-  dk = scale * einsum("bgrnqj,bgrnqk->bgjk", dscores, rows.q)
+  dq = dq + scale * products.einsum("bgrnqj,bgjk->bgrnqk", dscores, tail.k)
+  dk = scale * products.einsum("bgrnqj,bgrnqk->bgjk", dscores, rows.q)
   if tail.variance is not None:
     dfree = jnp.where(free, dscores, 0.0) * scale**2
-    dq = dq + rows.q * einsum("bgrnqj,bgjk->bgrnqk", dfree, tail.variance)
-    dvar = einsum("bgrnqj,bgrnqk->bgjk", dfree, jnp.square(rows.q)) / 2
+    dq = dq + rows.q * products.einsum(
+      "bgrnqj,bgjk->bgrnqk", dfree, tail.variance
+    )
+    dvar = products.einsum("bgrnqj,bgrnqk->bgjk", dfree, jnp.square(rows.q)) / 2
     grads = grads._replace(variance=dvar)
   return dq, grads._replace(k=dk), dslope
 
 
 def _scores(rows, tail, options):
   """Scores [B, G, R, n, block_q, NK], and where the cumulant is not cut."""
-  scores = jnp.einsum("bgrnqk,bgjk->bgrnqj", rows.q, tail.k) * options.scale
+  scores = (
+    products.einsum("bgrnqk,bgjk->bgrnqj", rows.q, tail.k) * options.scale
+  )
   free = None
   if tail.variance is not None:
-    cumulant = jnp.einsum(
+    cumulant = products.einsum(
       "bgrnqk,bgjk->bgrnqj", jnp.square(rows.q), tail.variance
     )
     cumulant = cumulant * (options.scale**2 / 2)
@@ -166,13 +173,15 @@ def _scores(rows, tail, options):
 
 def _values(probs, rows, tail, options):
   """Weighted values [B, G, R, n, block_q, V]."""
-  out = jnp.einsum("bgrnqj,bgjv->bgrnqv", probs, tail.v)
+  out = products.einsum("bgrnqj,bgjv->bgrnqv", probs, tail.v)
   if tail.slope is not None:
-    first = jnp.einsum("bgrnqk,bgnkv->bgrnqv", rows.q, _all(rows.slope, rows))
+    first = products.einsum(
+      "bgrnqk,bgnkv->bgrnqv", rows.q, _all(rows.slope, rows)
+    )
     out = out + options.scale * first
   if tail.local is not None:
     weighted = probs[..., None] * rows.q[..., None, :]
-    out = out + options.scale * jnp.einsum(
+    out = out + options.scale * products.einsum(
       "bgrnqjk,bgjkv->bgrnqv", weighted, tail.local
     )
   return out

@@ -38,17 +38,18 @@ def run(
   one_head = lambda *x: _one_head(*x, options=options)
   per_head = jax.vmap(one_head, in_axes=(1, 1, 1, 0, 0, 0, None, 0, 0))
   per_batch = jax.vmap(per_head, in_axes=(0, 0, 0, 0, 0, 0, 0, None, None))
-  out, lse = per_batch(
-    q,
-    k,
-    v,
-    inputs.indices,
-    inputs.counts,
-    lengths,
-    inputs.segments,
-    inputs.bands,
-    inputs.sink_tokens,
-  )
+  with jax.default_matmul_precision("highest"):
+    out, lse = per_batch(
+      q,
+      k,
+      v,
+      inputs.indices,
+      inputs.counts,
+      lengths,
+      inputs.segments,
+      inputs.bands,
+      inputs.sink_tokens,
+    )
   move = lambda x: jnp.moveaxis(x, 1, 2)
   return move(out).astype(inputs.v.dtype), move(lse)
 

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import arguments
-from kernels_pallas.sparse import api, choose, core, problem, statistics
+from kernels_pallas.sparse import (
+  api,
+  choose,
+  core,
+  problem,
+  products,
+  statistics,
+)
 from kernels_pallas.sparse import blocks as block_lists
 
 METHODS = ("topk", "threshold", "top_p")
@@ -251,7 +258,7 @@ def pooled_scores(
   b, h, num_q, size = mean_q.shape
   g = mean_k.shape[1]
   q = mean_q.reshape(b, g, h // g, num_q, size)
-  scores = jnp.einsum("bgrqk,bgjk->bgrqj", q, mean_k) * scale
+  scores = products.einsum("bgrqk,bgjk->bgrqj", q, mean_k) * scale
   return scores.reshape(b, h, num_q, -1)
 
 
@@ -271,9 +278,9 @@ def mean_errors(
   real = jnp.arange(options.block_kv) < exact.lengths[..., None]
 
   def row(q):
-    scores = options.scale * jnp.einsum("bgrk,bgjsk->bgrjs", q, k)
+    scores = options.scale * products.einsum("bgrk,bgjsk->bgrjs", q, k)
     scores = jnp.where(real[:, :, None], scores, -jnp.inf)
-    means = options.scale * jnp.einsum("bgrk,bgjk->bgrj", q, mean_k)
+    means = options.scale * products.einsum("bgrk,bgjk->bgrj", q, mean_k)
     top = jnp.max(scores, axis=(-2, -1), keepdims=True)
     away = jnp.exp(scores - top) - jnp.exp(means[..., None] - top)
     away = jnp.where(real[:, :, None], jnp.abs(away), 0)
@@ -330,7 +337,7 @@ def _gaussian_bound(mean_q, mean_k, allowed, scale, tau):
   weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
   # Around the mean of all, so that the variance does not cancel.
   centre = jnp.mean(mean_k, axis=2, keepdims=True)
-  moments = lambda x: jnp.matmul(weight, x)
+  moments = lambda x: products.einsum("bgij,bgjk->bgik", weight, x)
   first = moments(mean_k - centre)
   variance = jnp.maximum(
     moments(jnp.square(mean_k - centre)) - jnp.square(first), 0
@@ -348,6 +355,6 @@ def _spread(exact, mean_k, options):
   k = statistics.split(exact.k, options.block_kv).astype(dtype)
   v = statistics.split(exact.v, options.block_kv).astype(dtype)
   deviation = statistics.centred(k, mean_k, exact.lengths)
-  matrices = jnp.einsum("bgnsk,bgnsv->bgnkv", deviation, v)
+  matrices = products.einsum("bgnsk,bgnsv->bgnkv", deviation, v)
   norm = jnp.sqrt(jnp.sum(jnp.square(matrices), axis=(-2, -1)))
   return jnp.log(norm + _NORM_EPS)

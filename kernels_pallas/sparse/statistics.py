@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.sparse import blocks as block_lists
-from kernels_pallas.sparse import problem
+from kernels_pallas.sparse import problem, products
 
 
 def split(x: jax.Array, size: int) -> jax.Array:
@@ -65,15 +65,15 @@ def tail(exact: problem.Exact, options: problem.Options) -> problem.Tail | None:
   values = v.astype(mean_v.dtype)
   count = jnp.maximum(lengths, 1).astype(mean_k.dtype)[..., None, None]
   if options.tail == "mean_local":
-    local = jnp.einsum("bgnsk,bgnsv->bgnkv", deviation, values)
+    local = products.einsum("bgnsk,bgnsv->bgnkv", deviation, values)
     return pooled._replace(local=local / count)
   if not options.causal:
     total = jnp.sum(lengths, axis=-1).astype(mean_k.dtype)
-    slope = jnp.einsum("bgnsk,bgnsv->bgkv", deviation, values)
+    slope = products.einsum("bgnsk,bgnsv->bgkv", deviation, values)
     slope = slope / jnp.maximum(total, 1)[..., None, None]
     return pooled._replace(slope=slope[:, :, None])
   # Only what every query of the block may see: the blocks wholly before it.
-  local = jnp.einsum("bgnsk,bgnsv->bgnkv", deviation, values)
+  local = products.einsum("bgnsk,bgnsv->bgnkv", deviation, values)
   before = blocks_before(exact.counts.shape[2], lengths.shape[2], options)
   first = lambda x: jnp.pad(
     jnp.cumsum(x, axis=2), ((0, 0), (0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 3)

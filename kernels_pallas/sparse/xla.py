@@ -184,6 +184,7 @@ def _dot(a, b, a_axis, b_axis):
     a,
     b,
     (((a_axis,), (b_axis,)), (batch, batch)),
+    precision="highest",
     preferred_element_type=jnp.promote_types(a.dtype, jnp.float32),
   )
 

@@ -1,59 +1,18 @@
 """What the GPU kernels of linear attention refuse, and that the rest compiles.
 
-Lowering needs no more than JAX. Compiling needs the CUDA wheels, whose
-compiler needs no GPU: these tests compile for an H100, where a kernel that
-asks for too much shared memory is an error and, by a flag, also one whose
-registers spill to memory.
+For an H100 that need not be here, see `hopper`.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 from kernels_pallas.linear import gpu, gpu_plan, gpu_walk, problem
-
-# Without a GPU the CUDA wheels find no driver, and would not register what
-# compiles.
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-
-NAME = "NVIDIA H100 80GB HBM3"
-CORES = 132
-# XLA's description of it, as far as compiling needs it.
-H100 = f"""
-gpu_device_info {{
-  cuda_compute_capability {{
-    major: 9
-    feature_extension: ACCELERATED_FEATURES
-  }}
-  core_count: {CORES}
-  fpus_per_core: 128
-  clock_rate_ghz: 1.98
-  memory_bandwidth: 3352320000000
-  device_memory_size: 84942979072
-  l2_cache_size: 52428800
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  shared_memory_per_core: 233472
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  threads_per_warp: 32
-  threads_per_core_limit: 2048
-  threads_per_block_limit: 1024
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-}}
-platform_name: "CUDA"
-device_description_str: "{NAME}"
-"""
+from tests.kernels_pallas import hopper
 
 
 def problem_of(
@@ -124,17 +83,6 @@ def value_and_gradients(options):
   return run
 
 
-def lower(function, args, sharding=None, **how):
-  """Lowers a function for an H100 that need not be here."""
-  args = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
-  )
-  device = AbstractDevice(NAME, CORES, "gpu")
-  mesh = AbstractMesh((), (), abstract_device=device)
-  with jax.sharding.use_abstract_mesh(mesh):
-    return jax.jit(function).trace(*args).lower(**how)
-
-
 KERNELS = ("linear_attention_forward", "linear_attention_backward")
 
 
@@ -147,7 +95,7 @@ KERNELS = ("linear_attention_forward", "linear_attention_backward")
 def test_lowers_without_a_gpu(kind, dtype):
   inputs, options = problem_of(dtype=dtype, **kind)
   args = inputs, inputs.v, inputs.state
-  text = lower(
+  text = hopper.lower(
     value_and_gradients(options), args, lowering_platforms=("cuda",)
   ).as_text()
   assert all(name in text for name in KERNELS)
@@ -172,21 +120,7 @@ dtypes = pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.fixture(scope="module")
 def h100():
   """An H100's place, for arguments to be lowered for it."""
-  if not any(
-    importlib.util.find_spec(f"jax_cuda{version}_plugin")
-    for version in (12, 13)
-  ):
-    pytest.skip("needs the CUDA wheels: pip install 'thriftax[gpu]'")
-  try:
-    topology = topologies.get_topology_desc(
-      platform="cuda",
-      topology_name="h100",
-      target_config=H100,
-      topology="1x1x1",
-    )
-  except NotImplementedError as e:
-    pytest.skip(f"the CUDA wheels need JAX_PLATFORMS=cpu without a GPU ({e})")
-  return SingleDeviceSharding(topology.devices[0])
+  return hopper.place()
 
 
 @pytest.mark.gpu
@@ -197,7 +131,7 @@ def h100():
 def test_values_and_gradients_compile_without_a_gpu(shape, dtype, h100):
   inputs, options = problem_of(dtype=dtype, **SHAPES[shape])
   args = inputs, inputs.v, inputs.state
-  compiled = lower(value_and_gradients(options), args, h100).compile()
+  compiled = hopper.lower(value_and_gradients(options), args, h100).compile()
   assert all(name in compiled.as_text() for name in KERNELS)
 
 
@@ -221,9 +155,7 @@ def compile_kernels(inputs, options, sharding):
   """Compiles both kernels alone; registers that spill are an error."""
   kernels, args = kernels_of(inputs, options)
   for kernel in kernels:
-    lower(kernel, args, sharding).compile(
-      {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
-    )
+    hopper.compile_kernel(kernel, args, sharding)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,1 @@
+"""What the mains about sparse attention share."""
