@@ -11,6 +11,7 @@ import numpy as np
 
 import kernels_pallas
 from kernels_pallas import BlockIndices
+from kernels_pallas.sparse import problem, reference
 
 TAILS = ("drop", "mean", "mean_global", "mean_local", "mean_var")
 # Sums of a few hundred terms of order one, each rounded to 2^-53 or 2^-24;
@@ -238,3 +239,73 @@ def check(got: dict, wanted: dict, *, atol: float, rtol: float) -> None:
       atol=atol * max(1.0, size),
       err_msg=name,
     )
+
+
+def in_float64(args: dict, tail: str) -> dict:
+  """What the reference says of the same numbers in float64."""
+  names = [x for x in ("q", "k", "v", "sinks") if args[x] is not None]
+  with jax.enable_x64(True):
+    wide = {name: args[name].astype(np.float64) for name in names}
+    return run(args | wide, tail, "reference")
+
+
+def bfloat16(name: str, tail: str, **options) -> None:
+  """Runs a case in bfloat16 and holds it to the RMS of its float64 values."""
+  args = make(CASES[name], dtype=jnp.bfloat16)
+  args["sinks"] = args["sinks"].astype(jnp.float32)
+  check_bfloat16(run(args, tail, **options), in_float64(args, tail))
+
+
+def check_bfloat16(got: dict, wanted: dict) -> None:
+  """Probabilities, score gradients, pooled keys and results are rounded to
+  2^-9 each."""
+  assert got["out"].dtype == got["q"].dtype == jnp.bfloat16
+  assert got["lse"].dtype == jnp.float32
+  for name in ("out", "q", "k", "v"):
+    error = np.asarray(got[name], np.float64) - np.asarray(wanted[name])
+    size = np.sqrt(np.mean(np.square(wanted[name])))
+    assert np.sqrt(np.mean(error**2)) < 4 * 2**-9 * size, name
+
+
+def check_bands(run_interpreted) -> None:
+  """Bands, sink tokens, blocks with fewer keys or none, rows that see nothing.
+
+  Args:
+    run_interpreted: an implementation's `run(inputs, options)`.
+  """
+  case = Case(b=1, h=4, g=2)
+  rng = np.random.default_rng(1)
+  options = problem.Options(
+    scale=0.3, block_q=case.block_q, block_kv=case.block_kv, interpret=True
+  )
+
+  def values_and_grads(run, inputs):
+    def f(q, k, v):
+      out, lse = run(inputs._replace(q=q, k=k, v=v), options)
+      seen = jnp.where(lse > problem.MASKED / 2, lse, 0)
+      return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.sin(seen)), (out, lse)
+
+    f = quick(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))
+    (_, (out, lse)), (q, k, v) = f(*inputs[:3])
+    return dict(out=out, lse=lse, q=q, k=k, v=v)
+
+  with jax.enable_x64(True):
+    args = make(case)
+    lengths = rng.integers(0, case.block_kv + 1, (case.b, case.g, case.num_kv))
+    last = case.s - (case.num_kv - 1) * case.block_kv
+    lengths[..., -1] = np.minimum(lengths[..., -1], last)
+    bands = rng.integers((-20, 0), (0, 50), (case.h, 2, 2))
+    inputs = problem.Inputs(
+      q=args["q"],
+      k=args["k"],
+      v=args["v"],
+      indices=args["blocks"].indices,
+      counts=args["blocks"].counts,
+      lengths=jnp.asarray(lengths, jnp.int32),
+      bands=jnp.asarray(bands, jnp.int32),
+      sink_tokens=jnp.arange(case.h, dtype=jnp.int32) * 3,
+    )
+    wanted = values_and_grads(reference.run, inputs)
+    unseen = np.asarray(wanted["lse"]) == problem.MASKED
+    assert 0 < np.mean(unseen) < 0.5
+    check(values_and_grads(run_interpreted, inputs), wanted, **F64)
