@@ -7,7 +7,7 @@ and a list of overrides into one; the result is written as `config.json`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from experiments import errors, optimizers
@@ -219,17 +219,30 @@ def resolve(name: str, overrides: Sequence[str] = ()) -> Config:
   Raises:
     UserError: an unknown name, field or value, with the nearest names.
   """
-  if name not in CONFIGS:
-    raise errors.UserError(
-      f"--config: no config {name!r}; {config_lib.nearest(name, CONFIGS)}"
-    )
-  config = CONFIGS[name]()
+  config = named(CONFIGS, name)
   try:
     for item in sorted(overrides, key=_order):
-      config = _override(config, item)
+      config = _override(config, *split(item))
     return _checked(config)
   except ValueError as e:
     raise errors.UserError(f"--set: {e}") from e
+
+
+def named(known: Mapping[str, Callable[[], Any]], name: str) -> Any:
+  """The config of that name; UserError with the nearest names for others."""
+  if name not in known:
+    raise errors.UserError(
+      f"--config: no config {name!r}; {config_lib.nearest(name, known)}"
+    )
+  return known[name]()
+
+
+def split(item: str) -> tuple[str, str]:
+  """path.to.field and value of an override; UserError without a `=`."""
+  path, equals, value = item.partition("=")
+  if not equals:
+    raise errors.UserError(f"got {item!r}, expected path.to.field=value")
+  return path, value
 
 
 def _order(item: str) -> int:
@@ -238,10 +251,7 @@ def _order(item: str) -> int:
   return 0 if item.startswith(first) else 1
 
 
-def _override(config: Config, item: str) -> Config:
-  path, equals, value = item.partition("=")
-  if not equals:
-    raise errors.UserError(f"got {item!r}, expected path.to.field=value")
+def _override(config: Config, path: str, value: str) -> Config:
   group, _, field = path.partition(".")
   kinds = transformer.Config.__annotations__
   if path == "model":

@@ -12,6 +12,7 @@ import json
 import math
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -169,38 +170,33 @@ class Run:
     first = step = int(state.step)
     if self.main:
       records.keep(self.metrics_path, lambda m: m["step"] <= first)
-    stream = data.Stream(
-      self.corpus.train,
-      batch_size=training.batch_size,
-      seq_len=training.seq_len,
-      seed=training.seed,
-    )
+    batch_of = self._batches()
     self._banner(first)
     with (
       signals.Interrupt() as interrupt,
-      data.Prefetcher(
-        lambda step: stream.batch(step, self.trainer.rows), first
-      ) as batches,
+      data.Prefetcher(batch_of, first) as batches,
       reports.Meter(self, first) as meter,
     ):
       signalled = None
       while step < training.steps and not signalled:
-        batch = self.trainer.place(next(batches))
-        state, metrics = self.trainer.step(state, batch)
+        state, metrics = self._advance(state, next(batches))
         step += 1
         signalled = interrupt.seen()
         last = step == training.steps
-        evaluate = last or _due(step, training.eval_every)
-        log = evaluate or _due(step, training.log_every)
-        save = last or signalled or _due(step, training.checkpoint_every)
-        if not (log or save):
+        evaluate = last or due(step, training.eval_every)
+        log = evaluate or due(step, training.log_every)
+        save = last or signalled or due(step, training.checkpoint_every)
+        draw = self._draws(step)
+        if not (log or save or draw):
           continue
         # Before a save too: a loss that is not finite must not be kept.
         record = meter.measure(step, metrics)
         if evaluate:
-          record |= self._evaluation(state.params)
+          record |= self._evaluation(state)
         if log:
           meter.write(step, record)
+        if draw:
+          self._draw(state, f"step_{step:06}.png")
         if save:
           self.checkpoints.save(step, state)
         meter.restart(step)
@@ -213,10 +209,29 @@ class Run:
       return {}
     return self._finish(state)
 
-  def _evaluation(self, params: Any) -> dict[str, float]:
+  def _batches(self) -> Callable[[int], Any]:
+    """This process's part of a step's batch, from the step's number."""
+    training = self.config.training
+    stream = data.Stream(
+      self.corpus.train,
+      batch_size=training.batch_size,
+      seq_len=training.seq_len,
+      seed=training.seed,
+    )
+    return lambda step: stream.batch(step, self.trainer.rows)
+
+  def _advance(self, state: Any, batch: Any) -> tuple[Any, Any]:
+    return self.trainer.step(state, self.trainer.place(batch))
+
+  def _draws(self, step: int) -> bool:
+    """Whether a picture is due after a step; text has none."""
+    del step
+    return False
+
+  def _evaluation(self, state: Any) -> dict[str, float]:
     training = self.config.training
     loss = self.trainer.evaluate(
-      params,
+      state.params,
       data.eval_batches(
         self.corpus.eval,
         batch_size=training.batch_size,
@@ -339,5 +354,5 @@ class Run:
     return f"{text(prompt)}⟶{text(np.asarray(tokens)[0, -length:])}"
 
 
-def _due(step: int, every: int) -> bool:
+def due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0

@@ -12,8 +12,10 @@ window and the best tokens of each query, at the density that the top-k blocks
 achieve, for images also raster order and, with a context, ISA's grouping. The
 error is that of the output, relative, by head.
 
-With --sample the DiTs draw the same samples with dense, piecewise and
-in-context attention, and PSNR and SSIM say how near they stay to dense.
+With --sample whole models attend that way, which were trained to attend
+fully: the DiTs draw the same samples with dense, piecewise and in-context
+attention, and PSNR and SSIM say how near they stay to dense; the language
+model's held-out loss is taken with dense and piecewise attention and windows.
 
 Every layer is a line of --record; one that stands there already is not
 measured again. At the end there are tables and, beside the record, a figure
@@ -30,7 +32,7 @@ from typing import Any
 from absl import flags
 
 from experiments import errors, reports
-from experiments.sparse import measure, picture, sampling, sources
+from experiments.sparse import measure, picture, sampling, sources, text_loss
 from jaxlib_ext import records
 
 
@@ -41,7 +43,7 @@ class Options:
   Attributes:
     lm: run of a language model, or None.
     dit: runs of DiTs.
-    sample: draw samples instead of measuring heads.
+    sample: draw samples and take losses instead of measuring heads.
     examples: sequences or images of each source.
     block: tokens of a block of text.
     densities: of the choices.
@@ -63,8 +65,6 @@ class Options:
   def __post_init__(self):
     if not self.lm and not self.dit:
       raise errors.UserError("--lm, --dit: expected a directory of a run")
-    if self.sample and not self.dit:
-      raise errors.UserError("--sample: needs --dit")
     for density in self.densities:
       if not 0 < density <= 1:
         raise errors.UserError(
@@ -159,6 +159,32 @@ def measure_heads(options: Options) -> None:
     )
 
 
+def take_losses(options: Options) -> None:
+  """Takes, records and prints the language model's losses."""
+  run = text_loss.load(options.lm, options.examples, options.block)
+  job = {
+    "study": "losses",
+    "source": "text",
+    "block": options.block,
+    "densities": list(options.densities),
+    "tokens": run.tokens.shape[1],
+    **run.facts,
+  }
+  record = _known(options.record, job)
+  if not record:
+    args = dict(block=options.block, densities=options.densities)
+    total = len(text_loss.methods(run.tokens.shape[1], **args))
+    with reports.progress(total, 0, True) as bar:
+      results = text_loss.compare(run, **args, done=bar.update)
+    record = {**job, "results": results, **records.provenance()}
+    records.append(options.record, record)
+  print("| text | exact share | held-out loss |\n|---|---|---|")
+  for result in record["results"]:
+    print(
+      f"| {result['method']} | {result['share']:.3f} | {result['loss']:.4f} |"
+    )
+
+
 def draw_samples(options: Options) -> None:
   """Draws, records and prints the samples of every DiT."""
   for path in options.dit:
@@ -224,6 +250,8 @@ def main() -> None:
   )
   record.parent.mkdir(parents=True, exist_ok=True)
   if options.sample:
+    if options.lm:
+      take_losses(options)
     draw_samples(options)
   else:
     measure_heads(options)
@@ -232,7 +260,9 @@ def main() -> None:
 def _define_flags() -> None:
   flags.DEFINE_string("lm", None, "Directory of a run of pretrain.")
   flags.DEFINE_list("dit", [], "Directories of runs of train_dit.")
-  flags.DEFINE_bool("sample", False, "Draw samples of the DiTs.")
+  flags.DEFINE_bool(
+    "sample", False, "Compare whole models: samples and losses."
+  )
   flags.DEFINE_integer("examples", 4, "Of each source.", lower_bound=1)
   flags.DEFINE_integer("block", 64, "Tokens of a block of text.", lower_bound=1)
   flags.DEFINE_list(

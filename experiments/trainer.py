@@ -16,7 +16,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import optim
-from experiments import configs, errors, optimizers
+from experiments import configs, device_memory, errors, optimizers
 from jaxlib_ext import quantization, sharding, specs
 from models import transformer
 
@@ -208,18 +208,11 @@ class Trainer:
 
   def planned_bytes(self) -> int:
     """What the compiled step will hold on each device."""
-    plan = self.compiled.memory_analysis()
-    return (
-      plan.argument_size_in_bytes
-      + plan.output_size_in_bytes
-      + plan.temp_size_in_bytes
-      - plan.alias_size_in_bytes
-    )
+    return device_memory.planned(self.compiled)
 
   def peak_bytes(self) -> int:
     """The most bytes held on one device so far; on CPUs, the plan."""
-    stats = self.mesh.local_devices[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use") or self.planned_bytes()
+    return device_memory.peak(self.compiled, self.mesh.local_devices[0])
 
   def flops_per_token(self) -> float:
     """Matmul FLOPs of one training token: 6 per weight, 12 L T H K attention.

@@ -195,14 +195,10 @@ def resolve(name: str, overrides: Sequence[str] = (), path: str = "") -> Config:
   Raises:
     UserError: an unknown name, field or value, with the nearest names.
   """
-  if name not in CONFIGS:
-    raise errors.UserError(
-      f"--config: no config {name!r}; {config_lib.nearest(name, CONFIGS)}"
-    )
-  config = CONFIGS[name]()
+  config = configs.named(CONFIGS, name)
   try:
     for item in overrides:
-      config = _override(config, item)
+      config = _override(config, *configs.split(item))
   except ValueError as e:
     raise errors.UserError(f"--set: {e}") from e
   if path:
@@ -210,10 +206,7 @@ def resolve(name: str, overrides: Sequence[str] = (), path: str = "") -> Config:
   return _checked(config)
 
 
-def _override(config: Config, item: str) -> Config:
-  path, equals, value = item.partition("=")
-  if not equals:
-    raise errors.UserError(f"got {item!r}, expected path.to.field=value")
+def _override(config: Config, path: str, value: str) -> Config:
   group, _, field = path.partition(".")
   if group != "model":
     return config_lib.replace(config, path, value)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from experiments import data as text_data
-from experiments import errors, loop, reports, signals
+from experiments import errors, loop, reports
 from experiments.diffusion import configs, metrics, pictures, trainer
 from experiments.diffusion import data as data_lib
 from jaxlib_ext import checkpoint, records
@@ -44,69 +44,30 @@ class Run(loop.Run):
     self.trainer = trainer.Trainer(config, cfg)
     self._write_config(cfg)
 
-  def train(self) -> dict[str, Any]:
-    """Runs to the end or to a signal.
+  def _batches(self) -> Callable[[int], data_lib.Batch]:
+    training = self.config.training
+    return self.corpus.batches(training.batch_size, training.seed)
 
-    Returns:
-      What `summary.json` holds; empty where a signal ended the run early.
+  def _advance(self, state: Any, batch: Any) -> tuple[Any, Any]:
+    return self.trainer.step(state, batch)
 
-    Raises:
-      UserError: no readable checkpoint, or a loss that is not finite.
-    """
-    training, every = self.config.training, self.config.samples.every
-    state = self.restore()
-    first = step = int(state.step)
-    records.keep(self.metrics_path, lambda m: m["step"] <= first)
-    batch_of = self.corpus.batches(training.batch_size, training.seed)
-    self._banner(first)
-    with (
-      signals.Interrupt() as interrupt,
-      text_data.Prefetcher(batch_of, first) as batches,
-      reports.Meter(self, first) as meter,
-    ):
-      signalled = None
-      while step < training.steps and not signalled:
-        state, values = self.trainer.step(state, next(batches))
-        step += 1
-        signalled = interrupt.seen()
-        last = step == training.steps
-        evaluate = last or _due(step, training.eval_every)
-        log = evaluate or _due(step, training.log_every)
-        save = last or signalled or _due(step, training.checkpoint_every)
-        draw = _due(step, every)
-        if not (log or save or draw):
-          continue
-        # Before a save too: a loss that is not finite must not be kept.
-        record = meter.measure(step, values)
-        if evaluate:
-          record["eval_loss"] = self._evaluation(state.ema)
-        if log:
-          meter.write(step, record)
-        if draw:
-          self._draw(state.ema, f"step_{step:06}.png")
-        if save:
-          self.checkpoints.save(step, state)
-        meter.restart(step)
-    self.checkpoints.close()
-    if step < training.steps:
-      self._say(
-        f"{signalled}: saved step {step} of {training.steps}; "
-        "the same command continues"
-      )
-      return {}
-    return self._finish(state)
+  def _draws(self, step: int) -> bool:
+    return loop.due(step, self.config.samples.every)
 
   def _held_out(self) -> Any:
     training = self.config.training
     return self.corpus.eval_batches(training.batch_size, training.eval_batches)
 
-  def _evaluation(self, params: Any, shift: int = 0) -> float:
-    return self.trainer.evaluate(params, self._held_out(), shift)
+  def _evaluation(self, state: trainer.TrainState) -> dict[str, float]:
+    return {"eval_loss": self._loss(state, shift=0)}
 
-  def _draw(self, params: Any, name: str) -> dict[str, float]:
+  def _loss(self, state, shift):
+    return self.trainer.evaluate(state.ema, self._held_out(), shift)
+
+  def _draw(self, state: trainer.TrainState, name: str) -> dict[str, float]:
     """Draws samples into `samples/`; their likeness where there is a truth."""
     batch = next(self.corpus.eval_batches(self.config.samples.count, 1))
-    drawn = self.trainer.sample(params, batch)
+    drawn = self.trainer.sample(state.ema, batch)
     directory = self.workdir / "samples"
     directory.mkdir(exist_ok=True)
     rows = [("sample", drawn)]
@@ -151,14 +112,14 @@ class Run(loop.Run):
       "final_loss": lines[-1]["loss"],
       "final_eval_loss": evals[-1],
       "best_eval_loss": min(evals),
-      **self._draw(state.ema, "final.png"),
+      **self._draw(state, "final.png"),
       "peak_bytes": self.trainer.peak_bytes(),
       "wall_time": lines[-1]["seconds"],
       "corpus": self.corpus.describe(),
       **records.provenance(),
     }
     if self.trainer.cfg.context:
-      summary["eval_loss_other_context"] = self._evaluation(state.ema, 1)
+      summary["eval_loss_other_context"] = self._loss(state, shift=1)
     pictures.plot_loss(
       self.workdir / "loss.png",
       lines,
@@ -228,7 +189,3 @@ def _check_corpus(corpus, stored):
       "data: the examples have changed since this run began: hash "
       f"{stored['corpus']['hash']} then, {corpus.hash} now"
     )
-
-
-def _due(step, every):
-  return every > 0 and step % every == 0

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 import optim
-from experiments import optimizers
+from experiments import device_memory, optimizers
 from experiments.diffusion import configs
 from experiments.diffusion import data as data_lib
 from jaxlib_ext import sharding, specs
@@ -202,18 +202,11 @@ class Trainer:
 
   def planned_bytes(self) -> int:
     """What the compiled step will hold."""
-    plan = self.compiled.memory_analysis()
-    return (
-      plan.argument_size_in_bytes
-      + plan.output_size_in_bytes
-      + plan.temp_size_in_bytes
-      - plan.alias_size_in_bytes
-    )
+    return device_memory.planned(self.compiled)
 
   def peak_bytes(self) -> int:
     """The most bytes held so far; on a CPU, the plan."""
-    stats = self.mesh.local_devices[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use") or self.planned_bytes()
+    return device_memory.peak(self.compiled, self.mesh.local_devices[0])
 
   def flops_per_token(self) -> float:
     """Matmul FLOPs of a token's training: 6 per weight, 12 L S D attention.

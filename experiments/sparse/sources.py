@@ -87,8 +87,27 @@ class Source:
     return np.concatenate(parts, axis=2)
 
 
-def text(workdir: pathlib.Path, examples: int, block: int) -> Source:
-  """Of a language model that `experiments.pretrain` has trained.
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """A trained language model and held-out windows.
+
+  Attributes:
+    cfg: the model.
+    params: its parameters.
+    tokens: int `[B, T]`, T whole blocks.
+    targets: int `[B, T]`, the token that follows each.
+    facts: as of a `Source`.
+  """
+
+  cfg: model_config.Config
+  params: Any
+  tokens: np.ndarray
+  targets: np.ndarray
+  facts: dict[str, Any]
+
+
+def language_model(workdir: pathlib.Path, examples: int, block: int) -> Text:
+  """A model that `experiments.pretrain` has trained.
 
   Args:
     workdir: of the run.
@@ -116,7 +135,7 @@ def text(workdir: pathlib.Path, examples: int, block: int) -> Source:
       f"{config.training.seq_len} tokens that {workdir} was trained with"
     )
   step, params = _parameters(workdir, run.trainer.target)
-  tokens, _ = next(
+  windows, _ = next(
     data.eval_batches(
       run.corpus.eval,
       batch_size=examples,
@@ -124,8 +143,21 @@ def text(workdir: pathlib.Path, examples: int, block: int) -> Source:
       max_batches=1,
     )
   )
-  apply = functools.partial(transformer.apply, cfg=cfg, return_qkv=True)
-  out = jax.jit(apply)(params, jnp.asarray(tokens[:, :length]))
+  facts = {
+    "step": step,
+    "parameters": _digest(params),
+    "data": run.corpus.hash,
+    "examples": examples,
+  }
+  tokens, targets = windows[:, :length], windows[:, 1 : length + 1]
+  return Text(cfg, params, tokens, targets, facts)
+
+
+def text(workdir: pathlib.Path, examples: int, block: int) -> Source:
+  """Of a `language_model`, with the same arguments and errors."""
+  run = language_model(workdir, examples, block)
+  apply = functools.partial(transformer.apply, cfg=run.cfg, return_qkv=True)
+  out = jax.jit(apply)(run.params, jnp.asarray(run.tokens))
   q, k, v = (np.asarray(x, np.float32) for x in out.qkv)
   repeat = q.shape[3] // k.shape[3]
   return Source(
@@ -135,16 +167,11 @@ def text(workdir: pathlib.Path, examples: int, block: int) -> Source:
     v=np.repeat(v, repeat, axis=3),
     causal=True,
     block=block,
-    grid=(length,),
+    grid=(run.tokens.shape[1],),
     tile=(),
     parts=1,
-    model=config_lib.to_dict(cfg),
-    facts={
-      "step": step,
-      "parameters": _digest(params),
-      "data": run.corpus.hash,
-      "examples": examples,
-    },
+    model=config_lib.to_dict(run.cfg),
+    facts=run.facts,
   )
 
 

@@ -45,7 +45,7 @@ def rounded(share: float, number: Any) -> Any:
   return np.floor(np.asarray(number) * share + 1e-9).astype(np.int32)
 
 
-def heaviest(candidates, top_p):
+def heaviest(candidates: Candidates, top_p: float) -> jax.Array:
   """The fewest blocks with a share `top_p` of each row's softmax."""
   scores = jnp.where(candidates.allowed, candidates.scores, -jnp.inf)
   probs = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)

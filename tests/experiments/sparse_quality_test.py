@@ -14,7 +14,14 @@ from PIL import Image
 from experiments import errors, sparse_quality
 from experiments.diffusion import configs as dit_configs
 from experiments.diffusion import run as dit_run
-from experiments.sparse import choices, measure, picture, sampling, sources
+from experiments.sparse import (
+  choices,
+  measure,
+  picture,
+  sampling,
+  sources,
+  text_loss,
+)
 from jaxlib_ext import records
 from tests.experiments import runs
 
@@ -337,6 +344,15 @@ def test_a_study_of_trained_models(small_dit, tmp_path, monkeypatch, capsys):
   assert records.read(given.record) == lines
   assert capsys.readouterr().out == printed
 
+  monkeypatch.setattr(text_loss, "TAILS", ("mean",))
+  given = dataclasses.replace(given, sample=True, densities=(1.0,))
+  sparse_quality.take_losses(given)
+  *_, record = records.read(given.record)
+  full, blocks, window = (r["loss"] for r in record["results"])
+  # Everything is exact, and the record has five decimals.
+  assert full == pytest.approx(blocks, abs=2e-5)
+  assert full == pytest.approx(window, abs=2e-5)
+
 
 @pytest.mark.slow
 def test_samples_are_compared(small_dit, tmp_path, monkeypatch, capsys):
@@ -363,11 +379,28 @@ def test_samples_are_compared(small_dit, tmp_path, monkeypatch, capsys):
   assert "| ISA " in capsys.readouterr().out
 
 
+def test_shares_of_the_losses_methods():
+  length, block = 64, 8
+  for method in text_loss.methods(length, block, (0.3,))[1:]:
+    seen = np.tril(np.ones((length, length), bool))
+    if method.fields["mixers"] == ("window",):
+      far = np.subtract.outer(np.arange(length), np.arange(length))
+      exact = seen & (far < method.fields["window"][0])
+      # The nearest whole window.
+      assert abs(exact.sum() / seen.sum() - method.share) < 1 / length
+    else:
+      exact = 0
+      for i in range(length // block):
+        rows = seen[i * block : (i + 1) * block]
+        listed = max(1, int(0.3 * (i + 1)))  # its own and whole ones
+        exact += rows[:, i * block :].sum() + (listed - 1) * block**2
+      assert exact / seen.sum() == pytest.approx(method.share)
+
+
 @pytest.mark.parametrize(
   ("more", "message"),
   [
     (dict(), "--lm, --dit: expected"),
-    (dict(lm="lm", sample=True), "--sample: needs --dit"),
     (dict(lm="lm", densities=(0.0,)), "--densities: got 0; allowed"),
     (dict(dit=("a",), full_steps=3), "--full_steps: got 3; allowed"),
   ],
