@@ -8,6 +8,8 @@ import pytest
 
 from experiments import bench_sparse, errors
 
+pytestmark = pytest.mark.slow
+
 SIZES = dict(
   length=128, heads=2, size=8, block=16, density=0.25, dtype="float32"
 )

@@ -16,6 +16,8 @@ from experiments import (
 )
 from models import transformer
 
+pytestmark = pytest.mark.slow
+
 TINY = bench_train_worker.Point(
   "toy",
   (
@@ -108,7 +110,6 @@ def test_our_side_trains_and_hands_over_its_weights(tmp_path):
   json.dumps(bench_train_worker.answer(side, {"do": "describe"}))
 
 
-@pytest.mark.slow
 def test_sides_answer_from_their_own_processes(tmp_path):
   side = bench_train.Side("ours", TINY, tmp_path)
   assert len(side("losses", 2)) == 2
@@ -117,7 +118,6 @@ def test_sides_answer_from_their_own_processes(tmp_path):
   side.close()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
   importlib.util.find_spec("torch") is None, reason="needs PyTorch"
 )

@@ -7,7 +7,7 @@ from experiments import configs, trainer
 from jaxlib_ext import records, sharding
 from tests.experiments import runs
 
-OPTIMIZERS = ("adamw", "sgd", "lion", "muon", "scale", "eco")
+OPTIMIZERS = ("adamw", "muon", "scale", "eco")
 EIGHT = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
 
 

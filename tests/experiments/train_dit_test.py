@@ -18,6 +18,8 @@ from experiments.diffusion import trainer as trainer_lib
 from jaxlib_ext import records
 from tests.experiments import runs
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
   "model.input_shape=8,8,3",
   "model.tile=2,2",
@@ -116,7 +118,6 @@ def test_a_run_and_its_resumption(tmp_path, monkeypatch):
     run(whole, "training.ema=0.5")
 
 
-@pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical(tmp_path):
   more = ("training.steps=40",)
   killed = tmp_path / "killed"

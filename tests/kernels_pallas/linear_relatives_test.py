@@ -10,6 +10,8 @@ import pytest
 import kernels_pallas
 from tests.kernels_pallas import linear_cases as cases
 
+pytestmark = pytest.mark.slow
+
 B, T, G, H, K, V, N = 2, 37, 2, 4, 8, 6, 3
 F64 = dict(forward=1e-12, gradient=1e-12)
 

@@ -9,6 +9,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.kernels_pallas import linear_cases as cases
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ["gdn", "kda", "mdn"])
 def test_batch_and_heads_are_split_without_communication(name):

@@ -12,6 +12,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 from tests.kernels_pallas import linear_cases as cases
 
+pytestmark = pytest.mark.slow
+
 # As of the chunks themselves, see linear_test.
 F32 = dict(forward=1e-5, gradient=1e-4)
 F64 = dict(forward=1e-12, gradient=1e-12)
@@ -37,7 +39,6 @@ def problem(name, dtype):
   return member.op, arrays, cotangents
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   "name,segments",
   [("ssd", "some"), ("gla", "none"), ("gdn", "every"), ("kda", "some")]
@@ -67,7 +68,6 @@ def test_splits_of_bfloat16():
   assert got[0][0].dtype == jnp.bfloat16
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   "name,segments",
   [("gdn", "some"), ("kda", "every"), ("mdn", "none"), ("mdn", "some")],

@@ -10,11 +10,14 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from jaxlib_ext import config as config_lib
 from jaxlib_ext import labels, sharding, specs
 from models import config, convert, decode, sampling, transformer
+
+pytestmark = pytest.mark.slow
 
 EPS = 2.0**-24
 LINEAR = config.LINEAR

@@ -8,12 +8,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import kernels_pallas
 from jaxlib_ext import quantization, specs
 from models import config, gates, layers, mixers, transformer
 from tests.models import linear_reference
+
+pytestmark = pytest.mark.slow
 
 EPS = 2.0**-24
 LINEAR = config.LINEAR

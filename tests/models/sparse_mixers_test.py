@@ -10,10 +10,13 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from jaxlib_ext import config as config_lib
 from models import attention, block, decode, layers, transformer
+
+pytestmark = pytest.mark.slow
 
 EPS = 2.0**-24
 CFG = transformer.Config(
