@@ -216,6 +216,9 @@ def measure(trial: Trial, rounds: int, modes: Sequence[str]) -> dict[str, Any]:
       side.seconds(mode, 1)
     seconds[mode] = {name: [] for name in turns}
     for _ in range(rounds):
+      # Gigabytes that the round before has freed go back to the system in
+      # the time of whoever allocates next: of nobody.
+      turns["together"].seconds(mode, 1)
       for name, side in turns.items():
         seconds[mode][name].append(side.seconds(mode, 1))
     spread[mode] = {
