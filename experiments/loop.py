@@ -299,7 +299,8 @@ class Run:
       **records.provenance(),
     }
     if self.trainer.quantized:
-      flushed = self._evaluation(self.trainer.flushed(state))
+      flushed = state._replace(params=self.trainer.flushed(state))
+      flushed = self._evaluation(flushed)
       summary["flushed_eval_loss"] = flushed["eval_loss"]
     if self.main:
       reports.plot_loss(

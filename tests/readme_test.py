@@ -4,11 +4,13 @@ import pathlib
 import re
 
 import jax
+import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_snippets_run():
   train, quantized, linear, sparse = re.findall(
     r"```python\n(.*?)```", TEXT, re.DOTALL

@@ -182,18 +182,7 @@ def in_context_attention(
     ValueError: naming the argument, for shapes and values that are not.
     NotImplementedError: where a named implementation cannot run.
   """
-  b, t, s, heads, _ = api.sizes(q, k, v)
-  if t != s:
-    raise ValueError(f"k must have as many tokens as q, T = {t}, got S = {s}")
-  if (
-    isinstance(context_length, bool)
-    or not isinstance(context_length, int)
-    or not 0 < context_length < t
-  ):
-    raise ValueError(
-      f"context_length must be an int from 1 to T - 1 = {t - 1}, got "
-      f"{context_length!r}"
-    )
+  b, t, heads = _check_sequence(q, k, v, context_length)
   keep = choose.check_share("keep", keep)
   sharp = choose.check_share("sharp", sharp, zero=True)
   density = choose.check_share("density", density)
@@ -255,6 +244,23 @@ def in_context_attention(
     added = jnp.broadcast_to(pooled[..., None, :], blocks.v.shape)
     out = out + residual[..., None] * _join(added, target, t)
   return out.astype(v.dtype)
+
+
+def _check_sequence(q, k, v, context_length) -> tuple[int, int, int]:
+  """(B, T, H), with a target and a context of at least one token."""
+  b, t, s, heads, _ = api.sizes(q, k, v)
+  if t != s:
+    raise ValueError(f"k must have as many tokens as q, T = {t}, got S = {s}")
+  if (
+    isinstance(context_length, bool)
+    or not isinstance(context_length, int)
+    or not 0 < context_length < t
+  ):
+    raise ValueError(
+      f"context_length must be an int from 1 to T - 1 = {t - 1}, got "
+      f"{context_length!r}"
+    )
+  return b, t, heads
 
 
 def _gate(residual: Any, wanted: tuple[int, int, int]) -> jax.Array:

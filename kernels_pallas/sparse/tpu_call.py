@@ -133,7 +133,9 @@ def key_grid(plan: Plan) -> Grid:
   return Grid(plan, shape, step, following)
 
 
-def run(kernel, name, grid: Grid, inputs, outputs, sources, totals):
+def run(
+  kernel, name, grid: Grid, inputs, outputs, sources, totals
+) -> tuple[jax.Array, ...]:
   """Runs a kernel.
 
   Under `jax.vmap` it is one call of a larger batch: Pallas has no rule for

@@ -86,7 +86,9 @@ def _read(ref):
   return None if ref is None else ref[...]
 
 
-def forward(lists, where, q, pooled, sources, out, lse, scratch, *, plan):
+def forward(
+  lists, where, q, pooled, sources, out, lse, scratch, *, plan
+) -> None:
   """Attention of one block of queries.
 
   Args:
@@ -175,7 +177,9 @@ def _pair(scores, inner, lse, delta, visible, plan):
   return probs, probs * (inner - delta) * plan.scale
 
 
-def queries_backward(lists, where, q, g, rows, sources, dq, scratch, *, plan):
+def queries_backward(
+  lists, where, q, g, rows, sources, dq, scratch, *, plan
+) -> None:
   """The cotangent of one block of queries.
 
   Args:
@@ -214,7 +218,9 @@ def queries_backward(lists, where, q, g, rows, sources, dq, scratch, *, plan):
   dq[...] = total[...]
 
 
-def keys_backward(lists, where, k, v, sources, dk, dv, scratch, *, plan):
+def keys_backward(
+  lists, where, k, v, sources, dk, dv, scratch, *, plan
+) -> None:
   """What one query head adds to the cotangents of one block of keys.
 
   The query heads of a key head follow each other in the grid. Scores have

@@ -11,6 +11,8 @@ from experiments import bench_decode, errors
 from jaxlib_ext import records
 from models import decode, transformer
 
+pytestmark = pytest.mark.slow
+
 TINY = transformer.Config(
   vocab_size=32, d_model=16, num_layers=1, num_heads=1, d_ff=16
 )

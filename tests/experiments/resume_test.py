@@ -90,6 +90,7 @@ def test_a_signal_saves_and_leaves_cleanly(tmp_path, corpus, name):
   assert records.read(workdir / "metrics.jsonl")[-1]["step"] == saved
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_reported_and_the_previous_used(
   tmp_path, corpus
 ):
@@ -114,6 +115,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_used(
   runs.assert_same_bits(whole, runs.final_state(workdir, settings))
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_changes_nothing(tmp_path, corpus):
   settings = runs.settings(corpus)
   runs.run(tmp_path, settings)
@@ -123,6 +125,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, corpus):
   assert losses(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_refused_run_leaves_no_tokenizer_behind(tmp_path, corpus):
   settings = runs.settings(corpus, "training.steps=1")
   refused = settings + ["data.tokenizer=bpe:300", "model.vocab_size=10"]
@@ -134,6 +137,7 @@ def test_a_refused_run_leaves_no_tokenizer_behind(tmp_path, corpus):
   assert config["model"]["vocab_size"] == 280
 
 
+@pytest.mark.slow
 def test_an_evaluation_between_two_logged_steps_is_a_whole_record(
   tmp_path, corpus
 ):

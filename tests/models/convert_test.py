@@ -15,10 +15,13 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from models import convert, transformer
+
+pytestmark = pytest.mark.slow
 
 GOLDEN = pathlib.Path(__file__).parent / "testdata" / "hf_llama"
 

@@ -8,10 +8,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from jaxlib_ext import quantization
 from models import decode, sampling, transformer
+
+pytestmark = pytest.mark.slow
 
 CFG = transformer.Config(
   vocab_size=31,

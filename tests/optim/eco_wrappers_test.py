@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import absltest, parameterized
 
 import optim
 from jaxlib_ext import quantization
+
+pytestmark = pytest.mark.slow
 
 FORMATS = ("int4:8", "float8_e4m3fn", "mxfp8", "mxfp4", "nvfp4", "e3m2:8")
 
