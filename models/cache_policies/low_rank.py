@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlib_ext import sequencing
 from models import attention, block, layers, stack
 from models import config as config_lib
 from models.cache_policies import base, rolling
@@ -68,14 +69,16 @@ def low_rank_factors(
   )
   keys = jax.vmap(lambda k: layers.rope(k, cos, -sin))(qkv.k)
 
-  def factors(x):
+  def factors(x, earlier=None):
     rows = x.reshape(x.shape[0], -1, width).astype(jnp.float32)
     # Of the smaller matrix of second moments; its eigenvalues ascend.
     moments = jnp.einsum("lnw,lnu->lwu", rows, rows)
+    moments = sequencing.after(moments, earlier)
     down = jnp.linalg.eigh(moments)[1][..., ::-1][..., :rank].astype(x.dtype)
     return down, jnp.swapaxes(down, 1, 2)
 
-  return Factors(*factors(keys), *factors(qkv.v))
+  of_keys = factors(keys)
+  return Factors(*of_keys, *factors(qkv.v, of_keys[0]))
 
 
 def with_factors(params: Any, factors: Factors, cfg: config_lib.Config) -> Any:

@@ -110,10 +110,7 @@ def _draw(kind, key, grads, old) -> list[jax.Array]:
   ]
   if kind == "svd":
     return projection_lib.subspaces(grads, ranks, "eigh")
-  return [
-    projection_lib.random_basis(k, g.shape, r, g.dtype)
-    for k, g, r in zip(keys, grads, ranks, strict=True)
-  ]
+  return projection_lib.random_bases(keys, grads, ranks)
 
 
 def _per_matrix(f, g, *others) -> jax.Array:

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlib_ext import paths
+from jaxlib_ext import paths, sequencing
 from optim import arguments, matrices, numerics
 
 BASES = ("eigh", "svd", "randomized")
@@ -261,9 +261,10 @@ def subspaces(
     x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
     groups[x.shape[1:], rank, x.dtype].append((i, x))
   out = [None] * len(parts)
+  bases = None
   for (_, rank, _), members in groups.items():
     stack = jnp.concatenate([x for _, x in members])
-    stack, _ = numerics.in_range(stack, (-2, -1))
+    stack, _ = numerics.in_range(sequencing.after(stack, bases), (-2, -1))
     bases, start = _leading(stack, rank, kind), 0
     for i, x in members:
       one = bases[start : start + len(x)]
@@ -293,14 +294,17 @@ def _leading(x: jax.Array, rank: int, kind: str) -> jax.Array:
   return _dot(q, _leading(small, rank, "eigh"))
 
 
-def random_basis(
-  key: jax.Array, shape: Sequence[int], rank: int, dtype: Any
-) -> jax.Array:
-  """Orthonormal bases of random subspaces, of the shape `basis_shape`."""
-  *batch, d_in, d_out = shape
-  start = jax.random.normal(key, (*batch, min(d_in, d_out), rank), dtype)
-  q = jnp.linalg.qr(start)[0]
-  return q if on_inputs(shape) else _t(q)
+def random_bases(
+  keys: Sequence[jax.Array], parts: Sequence[jax.Array], ranks: Sequence[int]
+) -> list[jax.Array]:
+  """Orthonormal bases of random subspaces, as `subspaces` gives them."""
+  out, q = [], None
+  for key, x, rank in zip(keys, parts, ranks, strict=True):
+    *batch, d_in, d_out = x.shape
+    start = jax.random.normal(key, (*batch, min(d_in, d_out), rank), x.dtype)
+    q = jnp.linalg.qr(sequencing.after(start, q))[0]
+    out.append(q if on_inputs(x.shape) else _t(q))
+  return out
 
 
 def _rotation(new: jax.Array, old: jax.Array, inputs: bool) -> jax.Array:

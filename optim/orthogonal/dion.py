@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import labels as labels_lib
+from jaxlib_ext import sequencing
 from optim import arguments, groups, matrices, numerics
 from optim.low_rank import projection
 from optim.orthogonal import momentum as momentum_lib
@@ -86,9 +87,10 @@ def _orthonormal_list(xs: Sequence[jax.Array]) -> list[jax.Array]:
   for i, x in enumerate(xs):
     kinds.setdefault((x.shape[-2:], x.dtype), []).append(i)
   out: list[Any] = [None] * len(xs)
+  y = None
   for (shape, _), members in kinds.items():
     flat = [xs[i].reshape(-1, *shape) for i in members]
-    y = orthonormal_columns(jnp.concatenate(flat))
+    y = orthonormal_columns(sequencing.after(jnp.concatenate(flat), y))
     start = 0
     for i, part in zip(members, flat, strict=True):
       stop = start + part.shape[0]

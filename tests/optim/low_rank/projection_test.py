@@ -94,10 +94,12 @@ class SubspacesTest(parameterized.TestCase):
       )
 
   def test_random_bases_are_orthonormal(self):
-    p = projection.random_basis(jax.random.key(0), (3, 9, 6), 4, jnp.float32)
-    self.assertEqual(p.shape, (3, 4, 6))
-    for one in p:
-      np.testing.assert_allclose(one @ one.T, np.eye(4), atol=1e-5)
+    keys = jax.random.split(jax.random.key(0))
+    parts = [jnp.zeros((3, 9, 6)), jnp.zeros((5, 8))]
+    p, q = projection.random_bases(keys, parts, [4, 2])
+    self.assertEqual((p.shape, q.shape), ((3, 4, 6), (5, 2)))
+    for one in [*p, q.T]:
+      np.testing.assert_allclose(one @ one.T, np.eye(len(one)), atol=1e-5)
 
 
 class RankTest(parameterized.TestCase):
