@@ -69,6 +69,23 @@ class ColumnNormTest(parameterized.TestCase):
     want = unit_columns(g.astype(np.float64))
     np.testing.assert_allclose(self.apply(g), want, rtol=1e-6, atol=1e-37)
 
+  def test_sizes_far_apart_in_one_tree(self):
+    sizes = {"a": 1.0, "b": 1e25, "c": 1e-25}
+    g = {k: (normal(0, 6, 4) * v).astype(np.float32) for k, v in sizes.items()}
+    tx = optim.scale_by_column_norm()
+    got, _ = jax.jit(tx.update)(g, tx.init(g))
+    for k, x in g.items():
+      want = unit_columns(x.astype(np.float64))
+      np.testing.assert_allclose(got[k], want, rtol=1e-6)
+
+  @parameterized.parameters(1, 7, 8, 9, 65, 130)
+  def test_long_rows(self, rows):
+    g = normal(0, 2, rows, 8200).astype(np.float32)
+    got = self.apply(g)
+    for one, x in zip(got, g.astype(np.float64), strict=True):
+      want = x / np.sqrt(np.mean(x**2, axis=0))
+      np.testing.assert_allclose(one, want, rtol=1e-6)
+
   def test_eps_is_the_smallest_divisor(self):
     g = jnp.full((6, 4), 0.5)
     np.testing.assert_allclose(self.apply(g, eps=2.0), 0.25, rtol=1e-6)
