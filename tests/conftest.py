@@ -20,9 +20,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-  """For modules whose time goes into compiling: the code is optimised less."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
+# Most of the suite's time is compiling, of programs that run once.
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def full_optimization():
+  """For tests about compiled programs: what they hold, how they fare."""
   jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)

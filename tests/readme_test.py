@@ -11,7 +11,6 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_snippets_run():
   train, quantized, linear, sparse = re.findall(
     r"```python\n(.*?)```", TEXT, re.DOTALL

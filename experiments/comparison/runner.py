@@ -144,7 +144,6 @@ class Runner:
       self._expected[entrant] -= planned
       # What is known takes no time: the forecast is of what is left to do.
       self._bar.total += (known is None) - planned
-      self._bar.refresh()
     if known is None:
       return self._pool.submit(self._run, entrant, point, seed, config)
     future = concurrent.futures.Future()

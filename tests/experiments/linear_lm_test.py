@@ -39,8 +39,8 @@ class Bar:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_compilation(quick_compilation):
-  """Compilation is most of the time here: done once, and in a hurry."""
+def one_compilation():
+  """Compilation is most of the time here: done once."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(learner_lib, "Learner", functools.cache(learner_lib.Learner))
     yield

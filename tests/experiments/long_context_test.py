@@ -13,10 +13,7 @@ from models import config as model_config
 from models import decode, stack, transformer
 from tests.experiments import runs
 
-pytestmark = [
-  pytest.mark.slow,
-  pytest.mark.usefixtures("quick_compilation"),
-]
+pytestmark = pytest.mark.slow
 
 CFG = model_config.Config(
   vocab_size=64, d_model=32, num_layers=6, num_heads=4, d_ff=64

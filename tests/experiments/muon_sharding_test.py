@@ -11,6 +11,8 @@ import pytest
 from experiments import muon_sharding
 from jaxlib_ext import topology
 
+pytestmark = pytest.mark.usefixtures("full_optimization")
+
 
 def test_flops_of_one_matrix():
   # Per step: two products with the long side, one of the short side alone.

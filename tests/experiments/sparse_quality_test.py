@@ -24,8 +24,6 @@ from experiments.sparse import (
 from jaxlib_ext import records
 from tests.experiments import runs
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BLOCK, LENGTH, SIZE = 8, 64, 8
 NUMBER = LENGTH // BLOCK
 

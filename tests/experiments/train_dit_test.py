@@ -40,8 +40,8 @@ SMALL = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_compilation(quick_compilation):
-  """Compilation is most of the time here: done once, and in a hurry."""
+def one_compilation():
+  """Compilation is most of the time here: done once."""
   whole, known = trainer_lib.Trainer, {}
 
   def trainer(config, cfg):

@@ -12,7 +12,7 @@ from jaxlib_ext import hlo
 
 def count(f, *shapes):
   args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-  jitted = jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
+  jitted = jax.jit(f)
   return hlo.costs(jitted.lower(*args).compile().as_text())
 
 

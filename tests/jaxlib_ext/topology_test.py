@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlib_ext import topology
 
+pytestmark = pytest.mark.usefixtures("full_optimization")
+
 needs_libtpu = pytest.mark.skipif(
   not topology.available(), reason="libtpu is not installed (thriftax[tpu])"
 )

@@ -9,7 +9,6 @@ import pytest
 
 import kernels_pallas
 from kernels_pallas.sparse import clusters
-from tests.kernels_pallas import sparse_cases as cases
 
 B, T, H, K, SIZE, C = 2, 70, 2, 6, 8, 4
 HALF = np.ones((B, T, 1, K))
@@ -89,7 +88,7 @@ def by_hand(q, k, v, q_labels, kv_labels, number):
 def test_attention_is_the_definition(density):
   (q, q_labels), (k, kv_labels) = grouped(0, 1.0), grouped(1, 1.0)
   v = jnp.asarray(np.random.default_rng(2).normal(size=(B, T, H, 5)))
-  got = cases.quick(
+  got = jax.jit(
     functools.partial(
       clusters.clustered_attention,
       num_kv_clusters=C,
@@ -116,7 +115,7 @@ def test_alike_keys_leave_a_smaller_tail_error():
   (q, q_labels), (k, kv_labels) = grouped(0, 0.3, 128), grouped(1, 0.3, 128)
   v = jnp.asarray(np.random.default_rng(2).normal(size=(B, 128, H, 5)))
 
-  @cases.quick
+  @jax.jit
   def errors(q, k, v):
     dense = kernels_pallas.full_attention(q, k, v)
     in_order = clusters.clustered_attention(

@@ -37,10 +37,6 @@ from tests.kernels_pallas.derivation import (
 
 FOLDER = pathlib.Path(chunk.__file__).parent
 TEXT = (FOLDER / "DERIVATION.md").read_text(encoding="utf-8")
-# Compilation takes nearly all of the time.
-jit = lambda f: jax.jit(
-  f, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 @pytest.fixture(autouse=True)
@@ -85,11 +81,11 @@ def test_scalar_system_and_step(member, segments):
   jax.tree.map(close, X, want_x)
 
   builder, arrays = make(chunk.scalar_system, z)
-  system = jit(builder)(*arrays)
+  system = jax.jit(builder)(*arrays)
   for name, want in s.items():
     jax.tree.map(close, getattr(system, name), want)
   T = None if s["lower"] is None else np.linalg.inv(np.eye(C) + s["lower"])
-  got = jit(chunk.step)(system, T, z["V"], z["X"])
+  got = jax.jit(chunk.step)(system, T, z["V"], z["X"])
   jax.tree.map(close, got, (O, E, X))
 
 
@@ -114,7 +110,7 @@ def test_step_vjp(member, channels):
 
   system = chunk.System(p=z["P"], q=z["Q"], k=z["K"], **s)
   T = None if s["lower"] is None else np.linalg.inv(np.eye(C) + s["lower"])
-  got, dv, dstate = jit(chunk.step_vjp)(system, T, E, z["X"], dO, dX)
+  got, dv, dstate = jax.jit(chunk.step_vjp)(system, T, E, z["X"], dO, dX)
   close(dv, Z)
   jax.tree.map(close, dstate, states)
   assert jax.tree.structure(got) == jax.tree.structure(chunk.System(**want))
@@ -130,7 +126,7 @@ def test_makers_vjp(member, segments):
   d = jax.tree.map(
     lambda x: rng.standard_normal(x.shape), jax.eval_shape(builder, *arrays)
   )
-  pull = jit(lambda arrays, d: jax.vjp(builder, *arrays)[1](d))
+  pull = jax.jit(lambda arrays, d: jax.vjp(builder, *arrays)[1](d))
   dq, dk, dp, dgates = pull(arrays, d)
   # The vectors' own cotangents pass through; the products' add to them.
   through = lambda x, y: None if x is None else np.asarray(x) - y
@@ -170,7 +166,7 @@ def test_per_channel(member, segments):
 
   for whole in (False, True):
     builder, arrays = make(vector.vector_system, z, whole=whole)
-    system = jit(builder)(*arrays)
+    system = jax.jit(builder)(*arrays)
     for name, want in s.items():
       jax.tree.map(close, getattr(system, name), want)
     names = ("p", "q", "k") if z["delta"] else ("q", "k")

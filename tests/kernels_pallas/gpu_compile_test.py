@@ -14,6 +14,8 @@ import pytest
 from kernels_pallas.linear import gpu, gpu_plan, gpu_walk, problem
 from tests.kernels_pallas import hopper
 
+pytestmark = pytest.mark.usefixtures("full_optimization")
+
 
 def problem_of(
   *,

@@ -83,6 +83,7 @@ def test_float32_of_keys_that_repeat():
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("full_optimization")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", cases.MEMBERS)
 def test_on_a_device(name, dtype):
@@ -100,5 +101,4 @@ def test_on_a_device(name, dtype):
     shape,
     chunk_size=64,
     implementation="pallas_gpu",
-    quick=False,
   )

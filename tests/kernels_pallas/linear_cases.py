@@ -203,7 +203,7 @@ def cotangents(member: Member, shape: Shape) -> tuple[Any, Any]:
 
 
 @functools.cache
-def _jitted(op, quick, options):
+def _jitted(op, options):
   def run(arrays, segment_ids, cotangents):
     f = lambda arrays: call(
       op, arrays, segment_ids=segment_ids, **dict(options)
@@ -211,15 +211,10 @@ def _jitted(op, quick, options):
     outputs, pullback = jax.vjp(f, arrays)
     return outputs, pullback(cotangents)[0]
 
-  # Compilation takes nearly all of these tests' time, and half as much
-  # without LLVM's optimizations.
-  quick_options = {"xla_backend_optimization_level": 0} if quick else None
-  return jax.jit(run, compiler_options=quick_options)
+  return jax.jit(run)
 
 
-def values_and_grads(
-  op, arrays, segment_ids, cotangents, *, quick=True, **options
-):
+def values_and_grads(op, arrays, segment_ids, cotangents, **options):
   """`(outputs, gradients)` of one call, jitted; a jit is made once.
 
   Args:
@@ -227,10 +222,9 @@ def values_and_grads(
     arrays: its arrays; they are differentiated.
     segment_ids: int `[B, T]` or None.
     cotangents: of o and of the final state.
-    quick: compiles faster and runs slower.
     **options: of the public function.
   """
-  f = _jitted(op, quick, tuple(sorted(options.items())))
+  f = _jitted(op, tuple(sorted(options.items())))
   return f(arrays, segment_ids, cotangents)
 
 

@@ -34,9 +34,7 @@ def test_batch_and_heads_are_split_without_communication(name):
   o, state = cotangents
   args = split, put(ids, "data"), (tokens(o), states(state))
 
-  run = lambda *args: cases.values_and_grads(
-    member.op, *args, quick=False, chunk_size=16
-  )
+  run = lambda *args: cases.values_and_grads(member.op, *args, chunk_size=16)
   jitted = jax.jit(run).lower(*args).compile()
   text = jitted.as_text()
   for word in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):

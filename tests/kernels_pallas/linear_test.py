@@ -234,7 +234,6 @@ def forward(name, **options):
     lambda arrays, ids=None: cases.call(
       cases.MEMBERS[name].op, arrays, segment_ids=ids, **options
     ),
-    compiler_options={"xla_backend_optimization_level": 0},
   )
 
 

@@ -113,9 +113,8 @@ def run(f, qkv, cotangents, *, dtype="float64", sinks=None) -> Result:
       return out, lse, *pullback((g.astype(out.dtype), dlse.astype(lse.dtype)))
 
     # It is about values, and compiles in half the time.
-    quick = {"xla_backend_optimization_level": 0}
     g, dlse = (cast(x) for x in cotangents)
-    got = jax.jit(values_and_grads, compiler_options=quick)(args, g, dlse)
+    got = jax.jit(values_and_grads)(args, g, dlse)
     return Result(*(np.asarray(x) for x in got))
 
 

@@ -24,8 +24,8 @@ def arrays(t, seed=0):
   return tuple(jnp.asarray(rng.normal(size=(B, t, H, K))) for _ in range(3))
 
 
-def quick(f, **options):
-  return cases.quick(functools.partial(f, **options))
+def jitted(f, **options):
+  return jax.jit(functools.partial(f, **options))
 
 
 def softmax(x):
@@ -37,13 +37,13 @@ def softmax(x):
 def test_piecewise_is_selection_and_attention(causal):
   q, k, v = arrays(60)
   options = dict(density=0.3, causal=causal)
-  got, lse = quick(
+  got, lse = jitted(
     kernels_pallas.piecewise_attention,
     block_size=SIZE,
     return_lse=True,
     **options,
   )(q, k, v)
-  blocks = quick(
+  blocks = jitted(
     kernels_pallas.select_blocks, block_q=SIZE, block_kv=SIZE, **options
   )(q, k)
   args = dict(
@@ -57,7 +57,7 @@ def test_piecewise_is_selection_and_attention(causal):
 
 def test_default_density_and_threshold():
   q, k, v = arrays(64)
-  call = lambda **options: quick(
+  call = lambda **options: jitted(
     kernels_pallas.piecewise_attention,
     block_size=SIZE,
     tail="mean",
@@ -123,7 +123,7 @@ def isa_by_hand(q, k, v, target, keep, sharp, density, gate):
 def test_in_context_attention(target, context, options):
   q, k, v = arrays(target + context)
   gate = jnp.asarray(np.random.default_rng(1).normal(size=q.shape[:3]))
-  call = quick(
+  call = jitted(
     kernels_pallas.in_context_attention,
     context_length=context,
     block_size=SIZE,
@@ -143,7 +143,7 @@ def test_in_context_gradients():
   rng = np.random.default_rng(2)
   weights = jnp.asarray(rng.normal(size=v.shape))
 
-  @cases.quick
+  @jax.jit
   def value_and_grad(x):
     def loss(x):
       out = kernels_pallas.in_context_attention(

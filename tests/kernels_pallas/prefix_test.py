@@ -62,9 +62,8 @@ def test_values_and_gradients_are_those_of_the_repeated_form(lengths):
     out, pullback = jax.vjp(f, arrays)
     return out, pullback(cotangents)[0]
 
-  quick = {"xla_backend_optimization_level": 0}
   with jax.enable_x64(True):
-    got = jax.jit(run, compiler_options=quick)(arrays, cotangents)
+    got = jax.jit(run)(arrays, cotangents)
   pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
   for a, b in pairs:
     np.testing.assert_allclose(a, b, rtol=0, atol=F64 * np.abs(b).max())
@@ -86,8 +85,7 @@ def test_the_pairs_computed_are_those_promised(monkeypatch):
   monkeypatch.setattr(dense, "_scores", counted)
   (first, rest), _ = make(p, r, n, 1)
   cast = lambda arrays: [jnp.asarray(x, jnp.float32) for x in arrays]
-  quick = {"xla_backend_optimization_level": 0}
-  run = jax.jit(prefix.prefix_shared_attention, compiler_options=quick)
+  run = jax.jit(prefix.prefix_shared_attention)
   jax.block_until_ready(run(cast(first), cast(rest)))
   jax.effects_barrier()
   # Half of P^2 + N (2 P R + R^2), and the other half of the chunks that the

@@ -19,11 +19,6 @@ TAILS = ("drop", "mean", "mean_global", "mean_local", "mean_var")
 F64 = dict(atol=1e-12, rtol=1e-12)
 F32 = dict(atol=2e-5, rtol=2e-5)
 
-# Compiling is what these tests cost.
-quick = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -144,7 +139,7 @@ def _run(static):
     total = jnp.sum(out.astype(wide) * weights) + jnp.sum(seen * lse_weights)
     return total, (out, lse)
 
-  return quick(jax.value_and_grad(loss, has_aux=True))
+  return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def by_hand(args: dict, tail: str) -> tuple[np.ndarray, np.ndarray]:
@@ -285,7 +280,7 @@ def check_bands(run_interpreted) -> None:
       seen = jnp.where(lse > problem.MASKED / 2, lse, 0)
       return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.sin(seen)), (out, lse)
 
-    f = quick(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))
+    f = jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))
     (_, (out, lse)), (q, k, v) = f(*inputs[:3])
     return dict(out=out, lse=lse, q=q, k=k, v=v)
 

@@ -23,6 +23,8 @@ from kernels_pallas.sparse import (
 )
 from tests.kernels_pallas import hopper
 
+pytestmark = pytest.mark.usefixtures("full_optimization")
+
 
 def problem_of(
   *,

@@ -87,6 +87,7 @@ def test_bfloat16():
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("full_optimization")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tail", cases.TAILS)
 def test_on_a_device(tail, dtype):

@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 from jaxlib_ext import topology
 from kernels_pallas.sparse import problem, tpu, tpu_plan
 
+pytestmark = pytest.mark.usefixtures("full_optimization")
+
 CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 KERNELS = ("forward", "dq", "dkv")
 

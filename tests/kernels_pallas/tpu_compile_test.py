@@ -18,6 +18,8 @@ from jaxlib_ext import topology
 from kernels_pallas.linear import tpu_cost, tpu_plan
 from tests.kernels_pallas import linear_cases as cases
 
+pytestmark = pytest.mark.usefixtures("full_optimization")
+
 CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 
 needs_libtpu = pytest.mark.skipif(

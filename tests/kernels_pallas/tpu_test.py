@@ -196,9 +196,7 @@ def test_memory_and_races(name, cores, capfd, monkeypatch):
   do, dstate = cotangents
   interpret = _modelled(num_cores_or_threads=cores)
 
-  @functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-  )
+  @jax.jit
   def values(arrays):
     f = lambda arrays: run(name, arrays, ids, interpret)
     outputs, pullback = jax.vjp(f, arrays)

@@ -29,10 +29,8 @@ B, T, H, G, K = 2, 13, 4, 2, 4
 WIDTH = G * K
 
 
-def quick(f, **kwargs):
-  """Jitted without optimizations, which is about values and compiles sooner."""
-  options = {"xla_backend_optimization_level": 0}
-  return jax.jit(functools.partial(f, **kwargs), compiler_options=options)
+def jitted(f, **kwargs):
+  return jax.jit(functools.partial(f, **kwargs))
 
 
 def assert_close(got, want, units=64):
@@ -47,10 +45,12 @@ def assert_close(got, want, units=64):
 @functools.cache
 def model():
   """Parameters with exact factors and open gates, tokens, logits."""
-  params = quick(transformer.init, cfg=CFG)(jax.random.key(0))
+  params = jitted(transformer.init, cfg=CFG)(jax.random.key(0))
   tokens = jax.random.randint(jax.random.key(1), (B, 12), 0, 29)
-  out = quick(transformer.apply, cfg=CFG, return_qkv=True)(params, tokens)
-  factors = quick(cache_policies.low_rank_factors, cfg=CFG, rank=WIDTH)(out.qkv)
+  out = jitted(transformer.apply, cfg=CFG, return_qkv=True)(params, tokens)
+  factors = jitted(cache_policies.low_rank_factors, cfg=CFG, rank=WIDTH)(
+    out.qkv
+  )
   params = cache_policies.with_factors(params, factors, CFG)
   gates = jax.random.normal(jax.random.key(2), (3, 16, G))
   params = cache_policies.with_gates(params, gates, jnp.zeros((3, G)), CFG)
@@ -68,7 +68,7 @@ def run(policy, heads, p, pieces):
   rng = np.random.default_rng(9)
   x = rng.standard_normal((B, T, 16), np.float32)
 
-  @quick
+  @jitted
   def attend(state, x, heads, start):
     positions = start + jnp.arange(x.shape[1])
     rotation = layers.rope_table(positions, K, CFG.rope_theta)
@@ -109,7 +109,7 @@ class ModelTest(parameterized.TestCase):
   )
   def test_where_nothing_is_lost_it_is_ordinary_decoding(self, policy):
     params, tokens, out = model()
-    prefill = quick(decode.prefill, cfg=CFG)
+    prefill = jitted(decode.prefill, cfg=CFG)
     cache = transformer.init_cache(CFG, B, 40, policy=policy)
     for start in (0, 4, 8):
       logits, cache = prefill(params, cache, tokens[:, start : start + 4])
@@ -292,7 +292,7 @@ class RetentionTest(parameterized.TestCase):
     heads = jax.tree.map(jnp.asarray, random_heads())
     rng = np.random.default_rng(7)
     log_beta = np.float32(-rng.uniform(0, 2, (B, T, G)))
-    attend = quick(cache_policies.retention_attention)
+    attend = jitted(cache_policies.retention_attention)
     got = attend(heads, log_beta)
     want = np.zeros(got.shape)
     for b, t, h in np.ndindex(B, T, H):
@@ -306,13 +306,13 @@ class RetentionTest(parameterized.TestCase):
       want[b, t, h] = softmax_output(q, keys, heads.v[b, : t + 1, g])
     assert_close(got, want)
     # A gate that forgets nothing is causal attention.
-    want = quick(attention.causal_attention)(*heads)
+    want = jitted(attention.causal_attention)(*heads)
     assert_close(attend(heads, 0 * log_beta), want)
 
   def test_capacity_loss(self):
     # One half forever: 1, 1.5, 1.75, 1.875 keys, over a budget of 1.
     log_beta = jnp.full((1, 4, 1), np.log(0.5), jnp.float32)
-    loss = quick(jax.value_and_grad(cache_policies.capacity_loss))
+    loss = jitted(jax.value_and_grad(cache_policies.capacity_loss))
     got, grad = loss(log_beta, 1)
     np.testing.assert_allclose(got, (0.5 + 0.75 + 0.875) / 4, rtol=1e-6)
     self.assertEqual(loss(log_beta, 2)[0], 0)

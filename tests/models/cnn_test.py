@@ -65,7 +65,6 @@ def test_against_numpy():
   x = rng.normal(size=(2, *CFG.input_shape))
   got = jax.jit(
     lambda p, a: cnn.apply(p, a, cfg=CFG, return_hidden=True),
-    compiler_options={"xla_backend_optimization_level": 0},
   )(params, jnp.asarray(x, jnp.float32))
   assert [h.shape[1:] for h in got.hidden] == [(3, 3, 4), (3, 3, 4), (2, 2, 6)]
   for i, image in enumerate(x):
@@ -81,7 +80,6 @@ def test_initial_variance_and_labels():
   cfg = cnn.Config(widths=(16, 32))
   params = jax.jit(
     lambda key: cnn.init(key, cfg),
-    compiler_options={"xla_backend_optimization_level": 0},
   )(jax.random.key(0))
   up = params["stage1"]["up"]
   assert up.shape == (1, 3, 3, 32, 32)

@@ -14,10 +14,7 @@ from absl.testing import absltest, parameterized
 from jaxlib_ext import quantization
 from models import decode, sampling, transformer
 
-pytestmark = [
-  pytest.mark.slow,
-  pytest.mark.usefixtures("quick_compilation"),
-]
+pytestmark = pytest.mark.slow
 
 CFG = transformer.Config(
   vocab_size=31,

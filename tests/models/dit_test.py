@@ -30,12 +30,6 @@ F32 = dict(rtol=2e-5, atol=2e-5)
 TIMED = dict(rtol=2e-4, atol=2e-4)
 
 
-def quick(f, **kwargs):
-  """A jit that compiles fast; only values matter here."""
-  options = {"xla_backend_optimization_level": 0}
-  return jax.jit(f, compiler_options=options, **kwargs)
-
-
 def random_params(cfg, seed=0):
   """Also what `init` leaves at zero, so that every part counts."""
   leaves, tree = jax.tree.flatten(specs.abstract(dit.param_specs(cfg)))
@@ -57,7 +51,7 @@ def inputs(cfg, batch=2, seed=0):
 
 
 def velocity(cfg, params, arrays, **kwargs):
-  return quick(lambda p, a: dit.apply(p, **a, cfg=cfg, **kwargs))(
+  return jax.jit(lambda p, a: dit.apply(p, **a, cfg=cfg, **kwargs))(
     params, arrays
   )
 
@@ -86,7 +80,7 @@ def test_against_numpy(cfg):
 
 
 def test_velocity_is_zero_at_the_start():
-  params = quick(lambda key: dit.init(key, IMAGE))(jax.random.key(0))
+  params = jax.jit(lambda key: dit.init(key, IMAGE))(jax.random.key(0))
   assert not np.any(velocity(IMAGE, params, inputs(IMAGE)))
 
 
@@ -124,7 +118,7 @@ def test_positions_are_relative_along_every_axis(cfg):
 
 def test_examples_are_independent_and_everything_counts():
   params, arrays = random_params(IMAGE), inputs(IMAGE)
-  f = quick(lambda a: dit.apply(params, **a, cfg=IMAGE))
+  f = jax.jit(lambda a: dit.apply(params, **a, cfg=IMAGE))
   whole = f(arrays)
   swapped = f(jax.tree.map(lambda a: a[::-1], arrays))
   np.testing.assert_allclose(swapped[::-1], whole, **F32)
@@ -163,7 +157,7 @@ def test_loss_and_gradients():
   run = lambda p, labels: dit.loss(
     p, jax.random.key(0), x, labels, cfg=IMAGE, context=x, label_dropout=0.5
   )
-  f = quick(jax.value_and_grad(run))
+  f = jax.jit(jax.value_and_grad(run))
   labels = jnp.zeros(8, jnp.int32)
   params = random_params(IMAGE)
   still = {**params, "head": jnp.zeros_like(params["head"])}
@@ -198,12 +192,12 @@ def test_sampling():
 
   def sample(p, **kwargs):
     run = lambda p: dit.sample(p, noise, cfg=cfg, **arrays, **kwargs)
-    return quick(run)(p)
+    return jax.jit(run)(p)
 
   params = random_params(cfg)
   still = {**params, "head": jnp.zeros_like(params["head"])}
   np.testing.assert_array_equal(sample(still, steps=3), noise)
-  f = quick(lambda a: dit.apply(params, **a, x=noise, t=jnp.ones(2), cfg=cfg))
+  f = jax.jit(lambda a: dit.apply(params, **a, x=noise, t=jnp.ones(2), cfg=cfg))
   v = f(arrays)
   free = f({**arrays, "labels": jnp.full((2,), cfg.num_classes)})
   np.testing.assert_allclose(
@@ -314,7 +308,7 @@ def test_gradients_through_sparse_attention(name):
   cfg = dataclasses.replace(IMAGE, tile=(2, 2), **SPARSE[name])
   params, arrays = random_params(cfg), inputs(cfg)
   total = lambda p: jnp.sum(dit.apply(p, **arrays, cfg=cfg) ** 2)
-  for leaf in jax.tree.leaves(quick(jax.grad(total))(params)):
+  for leaf in jax.tree.leaves(jax.jit(jax.grad(total))(params)):
     assert np.all(np.isfinite(leaf)) and np.any(leaf)
 
 
@@ -330,7 +324,7 @@ def test_sampling_whose_first_steps_attend_fully():
     run = lambda p: dit.sample(
       p, noise, cfg=cfg, **arrays, steps=2, full_steps=full_steps
     )
-    return quick(run)(params)
+    return jax.jit(run)(params)
 
   full = sample(dataclasses.replace(cfg, attention="full"), 0)
   np.testing.assert_allclose(sample(cfg, 2), full, **F32)

@@ -17,10 +17,7 @@ from jaxlib_ext import config as config_lib
 from jaxlib_ext import labels, sharding, specs
 from models import config, convert, decode, sampling, transformer
 
-pytestmark = [
-  pytest.mark.slow,
-  pytest.mark.usefixtures("quick_compilation"),
-]
+pytestmark = pytest.mark.slow
 
 EPS = 2.0**-24
 LINEAR = config.LINEAR

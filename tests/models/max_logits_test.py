@@ -23,9 +23,8 @@ CFG = transformer.Config(
 )
 
 
-def quick(f, **kwargs):
-  options = {"xla_backend_optimization_level": 0}
-  return jax.jit(functools.partial(f, **kwargs), compiler_options=options)
+def jitted(f, **kwargs):
+  return jax.jit(functools.partial(f, **kwargs))
 
 
 def explicit(qkv, cfg, segments=None):
@@ -62,13 +61,13 @@ class MaxLogitsTest(parameterized.TestCase):
   )
   def test_is_the_largest_score_that_counts(self, fields, with_segments):
     cfg = dataclasses.replace(CFG, **fields)
-    params = quick(transformer.init, cfg=cfg)(jax.random.key(0))
+    params = jitted(transformer.init, cfg=cfg)(jax.random.key(0))
     rng = np.random.default_rng(0)
     length = 131 if fields == {"num_layers": 1} else 11
     tokens = jnp.asarray(rng.integers(13, size=(2, length)))
     segments = np.sort(rng.integers(3, size=tokens.shape))
     segments = segments if with_segments else None
-    out = quick(
+    out = jitted(
       transformer.apply, cfg=cfg, return_max_logits=True, return_qkv=True
     )(params, tokens, segment_ids=segments)
     self.assertEqual(out.max_logits.dtype, jnp.float32)
@@ -82,7 +81,7 @@ class MaxLogitsTest(parameterized.TestCase):
     cfg = dataclasses.replace(
       CFG, mixers=("linear", "full"), num_layers=2, num_kv_heads=4
     )
-    params = quick(transformer.init, cfg=cfg)(jax.random.key(0))
+    params = jitted(transformer.init, cfg=cfg)(jax.random.key(0))
     shapes = jax.eval_shape(
       functools.partial(transformer.apply, cfg=cfg, return_max_logits=True),
       params,
@@ -92,7 +91,7 @@ class MaxLogitsTest(parameterized.TestCase):
 
   def test_the_loss_gives_it_as_a_metric_without_a_gradient(self):
     cfg = dataclasses.replace(CFG, remat="full", num_layers=2)
-    params = quick(transformer.init, cfg=cfg)(jax.random.key(0))
+    params = jitted(transformer.init, cfg=cfg)(jax.random.key(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(13, size=(2, 9)))
 
     def loss(params, asked):
@@ -101,7 +100,7 @@ class MaxLogitsTest(parameterized.TestCase):
       )
       return total + jnp.sum(metrics.get("max_logits", 0.0)), metrics
 
-    step = functools.partial(quick, jax.grad(loss, has_aux=True))
+    step = functools.partial(jitted, jax.grad(loss, has_aux=True))
     got, metrics = step(asked=True)(params)
     want, plain = step(asked=False)(params)
     jax.tree.map(

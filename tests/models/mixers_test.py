@@ -16,10 +16,7 @@ from jaxlib_ext import quantization, specs
 from models import config, gates, layers, mixers, transformer
 from tests.models import linear_reference
 
-pytestmark = [
-  pytest.mark.slow,
-  pytest.mark.usefixtures("quick_compilation"),
-]
+pytestmark = pytest.mark.slow
 
 EPS = 2.0**-24
 LINEAR = config.LINEAR

@@ -32,12 +32,6 @@ HYBRID = dataclasses.replace(
 )
 
 
-# Compiling takes the time here.
-jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
-
-
 def setup(cfg):
   """Random parameters, gains around one, and tokens."""
   rng = np.random.default_rng(1)
@@ -55,7 +49,7 @@ def setup(cfg):
 
 def apply(params, tokens, cfg, **kwargs):
   f = functools.partial(transformer.apply, cfg=cfg, **kwargs)
-  return jit(f)(params, tokens)
+  return jax.jit(f)(params, tokens)
 
 
 def logits(params, tokens, cfg):
@@ -105,7 +99,7 @@ class ToLlamaTest(parameterized.TestCase):
 
   def test_loss_is_of_these_logits(self):
     params, tokens = setup(OSP)
-    loss = jit(functools.partial(transformer.loss, cfg=OSP))
+    loss = jax.jit(functools.partial(transformer.loss, cfg=OSP))
     got, _ = loss(params, tokens[:, :-1], tokens[:, 1:])
     rows = np.asarray(logits(params, tokens, OSP), np.float64)[:, :-1]
     log_z = np.log(np.sum(np.exp(rows), axis=-1))
@@ -114,7 +108,7 @@ class ToLlamaTest(parameterized.TestCase):
 
   def test_quantized_projections(self):
     params, _ = setup(OSP)
-    q = jit(lambda p: quantization.quantize_tree(p, "int8"))(params)
+    q = jax.jit(lambda p: quantization.quantize_tree(p, "int8"))(params)
     self.assertTrue(hasattr(q["proj_in"], "dequantize"))
     _, got = osp.to_llama(q, OSP)
     _, want = osp.to_llama(quantization.dequantize_tree(q, jnp.float32), OSP)
@@ -184,7 +178,7 @@ class DecodeTest(parameterized.TestCase):
     params, tokens = setup(OSP)
     want = logits(params, tokens, OSP)
     cache = transformer.init_cache(OSP, 2, 9)
-    step = jit(functools.partial(transformer.decode_step, cfg=OSP))
+    step = jax.jit(functools.partial(transformer.decode_step, cfg=OSP))
     for t in range(9):
       got, cache = step(params, cache, tokens[:, t])
       assert_close(got, want[:, t], 128)
@@ -194,7 +188,7 @@ class DecodeTest(parameterized.TestCase):
     sample = functools.partial(
       sampling.sample, cfg=OSP, steps=2, temperature=0.0
     )
-    got = jit(sample)(jax.random.key(0), params, tokens)
+    got = jax.jit(sample)(jax.random.key(0), params, tokens)
     text = jnp.concatenate([tokens, got[:, :1]], axis=1)
     want = np.argmax(logits(params, text, OSP), axis=-1)[:, -2:]
     np.testing.assert_array_equal(got, want)

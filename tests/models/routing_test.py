@@ -12,7 +12,6 @@ from models import attention, block, routing
 
 EPS = 2.0**-24
 B, T, H, G, K, WINDOW, SINK = 3, 21, 4, 2, 4, 5, 2
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def make():
@@ -39,7 +38,6 @@ def test_every_example_takes_its_route():
   streaming, full = by_definition(heads)
   run = jax.jit(
     functools.partial(routing.routed_attention, window=WINDOW, sink=SINK),
-    compiler_options=QUICK,
   )
   for route in ([0, 1, 0], [1, 1, 0]):
     got = run(heads, jnp.array(route))
@@ -59,7 +57,7 @@ def test_training_mixes_hard_and_learns_soft():
     out = routing.mixed_attention(heads, share, window=WINDOW, sink=SINK)
     return jnp.sum(out * g), out
 
-  run = jax.jit(jax.grad(f, has_aux=True), compiler_options=QUICK)
+  run = jax.jit(jax.grad(f, has_aux=True))
   grad, out = run(logits)
   want = np.stack([full[0], streaming[1], streaming[2]])
   np.testing.assert_allclose(out, want, rtol=0, atol=64 * EPS)

@@ -16,10 +16,7 @@ from absl.testing import absltest, parameterized
 from jaxlib_ext import config as config_lib
 from models import attention, block, decode, layers, transformer
 
-pytestmark = [
-  pytest.mark.slow,
-  pytest.mark.usefixtures("quick_compilation"),
-]
+pytestmark = pytest.mark.slow
 
 EPS = 2.0**-24
 CFG = transformer.Config(
@@ -39,15 +36,13 @@ LENGTH = 23
 
 
 def setup(cfg=CFG):
-  params = quick(transformer.init, cfg=cfg)(jax.random.key(0))
+  params = jitted(transformer.init, cfg=cfg)(jax.random.key(0))
   tokens = jax.random.randint(jax.random.key(1), (2, LENGTH), 0, cfg.vocab_size)
   return params, tokens
 
 
-def quick(f, **kwargs):
-  """Jitted without optimizations, which is about values and compiles sooner."""
-  options = {"xla_backend_optimization_level": 0}
-  return jax.jit(functools.partial(f, **kwargs), compiler_options=options)
+def jitted(f, **kwargs):
+  return jax.jit(functools.partial(f, **kwargs))
 
 
 def assert_close(got, want, units=64):
@@ -78,15 +73,15 @@ class WindowTest(parameterized.TestCase):
     loss = lambda p: transformer.loss(
       p, tokens[:, :-1], tokens[:, 1:], cfg=CFG
     )[0]
-    got = quick(jax.value_and_grad(loss))(params)
+    got = jitted(jax.value_and_grad(loss))(params)
     with mock.patch.object(attention, "mix", by_definition):
-      want = quick(jax.value_and_grad(lambda p: loss(p)))(params)
+      want = jitted(jax.value_and_grad(lambda p: loss(p)))(params)
     jax.tree.map(functools.partial(assert_close, units=1024), got, want)
 
   def test_prefill_and_steps_are_the_parallel_form(self):
     params, tokens = setup()
-    want = quick(transformer.apply, cfg=CFG)(params, tokens).logits
-    prefill = quick(decode.prefill, cfg=CFG)
+    want = jitted(transformer.apply, cfg=CFG)(params, tokens).logits
+    prefill = jitted(decode.prefill, cfg=CFG)
     # Pieces shorter and longer than the ring of 5, and the end of the sinks.
     pieces = (1, 1, 1, 1, 9, 9, 1)
     self.assertEqual(sum(pieces), LENGTH)
@@ -99,9 +94,9 @@ class WindowTest(parameterized.TestCase):
   def test_a_text_shorter_than_the_sinks(self):
     cfg = dataclasses.replace(CFG, sink=9, num_layers=1)
     params, tokens = setup(cfg)
-    want = quick(transformer.apply, cfg=cfg)(params, tokens[:, :6]).logits
+    want = jitted(transformer.apply, cfg=cfg)(params, tokens[:, :6]).logits
     cache = transformer.init_cache(cfg, 2, 6)
-    prefill = quick(decode.prefill, cfg=cfg)
+    prefill = jitted(decode.prefill, cfg=cfg)
     for start in (0, 3):
       logits, cache = prefill(params, cache, tokens[:, start : start + 3])
       assert_close(logits, want[:, start + 2])
@@ -136,9 +131,9 @@ class WindowTest(parameterized.TestCase):
     params, tokens = setup(cfg)
     ids = jnp.repeat(jnp.arange(3), jnp.array([5, 1, 17]))[None]
     ids = jnp.broadcast_to(ids, tokens.shape)
-    got = quick(transformer.apply, cfg=cfg)(params, tokens, segment_ids=ids)
+    got = jitted(transformer.apply, cfg=cfg)(params, tokens, segment_ids=ids)
     with mock.patch.object(attention, "mix", by_definition):
-      want = quick(transformer.apply, cfg=cfg)(params, tokens, segment_ids=ids)
+      want = jitted(transformer.apply, cfg=cfg)(params, tokens, segment_ids=ids)
     assert_close(got.logits, want.logits)
     sinking = dataclasses.replace(cfg, sink=2)
     with self.assertRaisesRegex(ValueError, "segment_ids: .*sink=2 .*sink=0"):
@@ -185,24 +180,24 @@ class SparseTest(parameterized.TestCase):
     cfg = dataclasses.replace(self.CFG, density=1.0)
     params, tokens = setup(cfg)
     full = dataclasses.replace(cfg, mixers=("full",))
-    want = quick(transformer.apply, cfg=full)(params, tokens).logits
-    got = quick(transformer.apply, cfg=cfg)(params, tokens).logits
+    want = jitted(transformer.apply, cfg=full)(params, tokens).logits
+    got = jitted(transformer.apply, cfg=cfg)(params, tokens).logits
     assert_close(got, want)
     # One token at a time it reads everything, at any density.
-    prefill = quick(decode.prefill, cfg=self.CFG)
+    prefill = jitted(decode.prefill, cfg=self.CFG)
     cache = transformer.init_cache(self.CFG, 2, LENGTH)
     assert_close(prefill(params, cache, tokens)[0], want[:, -1])
 
   def test_sparse_is_causal_and_an_approximation(self):
     params, tokens = setup(self.CFG)
-    run = quick(transformer.apply, cfg=self.CFG)
+    run = jitted(transformer.apply, cfg=self.CFG)
     got = run(params, tokens).logits
     later = tokens.at[:, 13:].set((tokens[:, 13:] + 7) % 29)
     np.testing.assert_array_equal(
       run(params, later).logits[:, :13], got[:, :13]
     )
     full = dataclasses.replace(self.CFG, mixers=("full",))
-    want = quick(transformer.apply, cfg=full)(params, tokens).logits
+    want = jitted(transformer.apply, cfg=full)(params, tokens).logits
     # The first block is exact; later ones are near and not equal.
     assert_close(got[:, :4], want[:, :4])
     error = np.linalg.norm(got - want) / np.linalg.norm(want)
@@ -215,7 +210,7 @@ class QkvTest(parameterized.TestCase):
       CFG, num_layers=5, mixers=("full", "linear", "window"), window=(6,)
     )
     params, tokens = setup(cfg)
-    out = quick(
+    out = jitted(
       transformer.apply, cfg=cfg, return_qkv=True, return_hidden=True
     )(params, tokens)
     self.assertEqual(out.qkv.q.shape, (3, 2, LENGTH, 4, 4))
@@ -226,7 +221,7 @@ class QkvTest(parameterized.TestCase):
       ((0, "0", 0), (2, "2", 0), (3, "0", 1))
     ):
 
-      @quick
+      @jitted
       def by_hand(params, hidden, stack=stack, row=row):
         p = jax.tree.map(lambda x: x[row], params["layers"][stack])
         heads = block.project(block.norm(hidden, p, cfg), p, cfg)
@@ -235,16 +230,16 @@ class QkvTest(parameterized.TestCase):
       got = jax.tree.map(lambda x, n=n: x[n], out.qkv)
       want = by_hand(params, out.hidden[layer])
       jax.tree.map(assert_close, got, want)
-    plain = jax.eval_shape(quick(transformer.apply, cfg=cfg), params, tokens)
+    plain = jax.eval_shape(jitted(transformer.apply, cfg=cfg), params, tokens)
     self.assertIsNone(plain.qkv)
 
 
 class LongTest(parameterized.TestCase):
   def test_long_texts_take_chunks_of_keys(self):
     params, tokens = setup()
-    want = quick(transformer.apply, cfg=CFG)(params, tokens).logits
+    want = jitted(transformer.apply, cfg=CFG)(params, tokens).logits
     with mock.patch.object(attention, "_LONG", LENGTH):
-      got = quick(transformer.apply, cfg=CFG)(params, tokens).logits
+      got = jitted(transformer.apply, cfg=CFG)(params, tokens).logits
     assert_close(got, want)
 
 

@@ -8,14 +8,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from absl.testing import absltest, parameterized
 
 from jaxlib_ext import labels, quantization, specs
 from models import transformer
 from tests.models import reference
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SMALL = transformer.Config(
   vocab_size=29,

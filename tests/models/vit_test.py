@@ -22,11 +22,6 @@ CFG = vit.Config(
 )
 
 
-def quick(f):
-  """A jit that compiles fast; only values matter here."""
-  return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def reference(params, image, cfg):
   """One image's logits and residual streams, in raster order, float64."""
   p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
@@ -76,7 +71,7 @@ def test_against_numpy():
   )
   x = rng.normal(size=(2, *CFG.input_shape))
   pixels = jnp.asarray(x, jnp.float32)
-  apply = lambda cfg: quick(
+  apply = lambda cfg: jax.jit(
     lambda p, a: vit.apply(p, a, cfg=cfg, return_hidden=True)
   )(params, pixels)
   got = apply(CFG)

@@ -37,11 +37,6 @@ rows = pytest.mark.parametrize(
 )
 
 
-jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
-
-
 def normal(seed, *shape):
   sample = np.random.default_rng(seed).standard_normal(shape)
   return jnp.asarray(sample, jnp.float32)
@@ -103,7 +98,7 @@ def update_of(tx, row):
 def steps(tx, row, params, count=2):
   """Applies `count` updates of differing gradients, jitted."""
   state = tx.init(params)
-  update = jit(update_of(tx, row))
+  update = jax.jit(update_of(tx, row))
   for i in range(count):
     updates, state = update(gradients(row.view(params), i), state, params)
     params = row.apply(params, updates)
@@ -155,7 +150,7 @@ def test_converges(row, target):
       updates, state = tx.update(grads, state, params)
     return row.apply(params, updates), state
 
-  run = jit(lambda carry: jax.lax.fori_loop(0, 300, step, carry))
+  run = jax.jit(lambda carry: jax.lax.fori_loop(0, 300, step, carry))
   params, _ = run((params, tx.init(params)))
   assert loss(row.view(params)) < row.remaining * loss(start)
 
@@ -164,7 +159,7 @@ def test_converges(row, target):
 def test_zero_and_tiny_gradients(row):
   params = row.prepare(mixed_tree())
   tx = row.factory(row.rate)
-  update = jit(update_of(tx, row))
+  update = jax.jit(update_of(tx, row))
   for size in (0.0, 1e-30):
     grads = jax.tree.map(lambda g, s=size: g * s, gradients(row.view(params)))
     updates, state = update(grads, tx.init(params), params)
@@ -194,7 +189,7 @@ def test_dtypes_are_kept_and_nothing_recompiles(row):
     state = tx.init(params)
     traces = 0
 
-    @jit
+    @jax.jit
     def step(params, state, tx=tx):
       nonlocal traces
       traces += 1
@@ -240,9 +235,9 @@ def test_sharded_equals_unsharded(row):
   tx = row.factory(row.rate)
   split = _sharded(params)
   layout = _layout(tx, split)
-  state = jit(tx.init, out_shardings=layout[1])(split)
+  state = jax.jit(tx.init, out_shardings=layout[1])(split)
 
-  @functools.partial(jit, out_shardings=layout)
+  @functools.partial(jax.jit, out_shardings=layout)
   def step(params, state, grads):
     updates, state = update_of(tx, row)(grads, state, params)
     return row.apply(params, updates), state
@@ -261,9 +256,9 @@ def test_an_update_keeps_the_states_types_and_shardings(row):
   params = _sharded(row.prepare(mixed_tree()))
   tx = row.factory(row.rate)
   where = _layout(tx, params)[1]
-  state = jit(tx.init, out_shardings=where)(params)
+  state = jax.jit(tx.init, out_shardings=where)(params)
   grads = _sharded(gradients(row.view(params)))
-  _, after = jit(update_of(tx, row))(grads, state, params)
+  _, after = jax.jit(update_of(tx, row))(grads, state, params)
   assert jax.tree.structure(after) == jax.tree.structure(state)
   assert avals(after) == avals(state)
   for old, new in zip(*map(jax.tree.leaves, (state, after)), strict=True):
@@ -291,11 +286,11 @@ def test_inside_multi_steps(row):
   params = row.prepare(mixed_tree())
   tx = row.factory(row.rate)
   grads = gradients(row.view(params))
-  updates, _ = jit(update_of(tx, row))(grads, tx.init(params), params)
+  updates, _ = jax.jit(update_of(tx, row))(grads, tx.init(params), params)
   want = row.apply(params, updates)
   multi = optax.MultiSteps(row.factory(row.rate), every_k_schedule=2)
   state, got = multi.init(params), params
-  update = jit(update_of(multi, row))
+  update = jax.jit(update_of(multi, row))
   # MultiSteps averages gradients; of losses it hands on the last.
   for factor in (1.0, 1.0) if row.needs_value else (0.5, 1.5):
     g = jax.tree.map(lambda x, f=factor: f * x, grads)
@@ -313,7 +308,7 @@ def test_inside_masked(row):
   grads = gradients(row.view(params))
   masked = optax.masked(row.factory(row.rate), keep)
   plain = row.factory(row.rate)
-  got, _ = jit(masked.update)(grads, masked.init(params), params)
-  want, _ = jit(plain.update)(grads, plain.init(params), params)
+  got, _ = jax.jit(masked.update)(grads, masked.init(params), params)
+  want, _ = jax.jit(plain.update)(grads, plain.init(params), params)
   close(got["embed"], grads["embed"], row, scale=0)
   close(got["layers"], want["layers"], row)

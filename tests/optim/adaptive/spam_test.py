@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +10,6 @@ from absl.testing import absltest, parameterized
 
 import optim
 from optim.adaptive import spam
-
-jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 SHORT = dict(
   b1=0.8, b2=0.95, eps=1e-6, threshold=6.0, reset_every=7, warmup=3, grace=2
@@ -60,7 +54,7 @@ def reference(grads, *, restart=True, b1, b2, eps, threshold, reset_every,
 def directions(tx, grads):
   tree = lambda g: {"w": jnp.asarray(g, jnp.float32)}
   state, out = tx.init(tree(grads[0])), []
-  update = jit(tx.update)
+  update = jax.jit(tx.update)
   for g in grads:
     u, state = update(tree(g), state)
     out.append(np.asarray(u["w"], np.float64))
@@ -129,14 +123,14 @@ class SpamTest(parameterized.TestCase):
     params = {"w": jnp.ones((2, 3)), "norm": jnp.ones(3)}
     tx = optim.spam(0.1, weight_decay=0.5)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = jit(tx.update)(zeros, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
     np.testing.assert_allclose(updates["w"], -0.05)
     np.testing.assert_array_equal(updates["norm"], 0)
 
   def test_cautious_decay(self):
     params = {"w": jnp.ones((2, 3))}
     tx = optim.spam(0.1, weight_decay=0.5, cautious=True)
-    update = jit(tx.update)
+    update = jax.jit(tx.update)
     for sign, want in ((1, -0.15), (-1, 0.1)):
       g = {"w": sign * params["w"]}
       updates, _ = update(g, tx.init(params), params)
@@ -196,7 +190,7 @@ class SparseTest(parameterized.TestCase):
     draws = 4000
     keys = jax.random.split(jax.random.key(0), draws)
     entries = jax.vmap(lambda key: spam._entries(key, size, count))
-    chosen = np.asarray(jit(entries)(keys))
+    chosen = np.asarray(jax.jit(entries)(keys))
     self.assertTrue(np.all((chosen >= 0) & (chosen < size)))
     self.assertTrue(np.all(np.diff(np.sort(chosen, axis=1), axis=1) > 0))
     share = np.bincount(chosen.ravel(), minlength=size) / draws

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,18 +10,13 @@ from absl.testing import absltest, parameterized
 import optim
 from tests.optim.low_rank import reference
 
-# Compiling takes most of the time: the compiler is told not to optimise.
-jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
-
 STEPS = 5
 INTERVAL = 2
 
 
 def run(tx, grads):
   """Updates, and the projectors used, step by step."""
-  state, update, out = tx.init(grads[0]), jit(tx.update), []
+  state, update, out = tx.init(grads[0]), jax.jit(tx.update), []
   for g in grads:
     updates, state = update(g, state)
     out.append((updates, jax.tree.map(np.asarray, state.projector)))
@@ -102,7 +95,7 @@ class FrugalTest(parameterized.TestCase):
     g = jnp.asarray(reference.gradients(0, 1, 16, 16)[0], jnp.float32)
     for size in (1e-10, 1.0, 1e10):
       tx = optim.scale_by_frugal(projection="svd", density=1.0, rest_scale=1e3)
-      got, _ = jit(tx.update)({"w": size * g}, tx.init({"w": g}))
+      got, _ = jax.jit(tx.update)({"w": size * g}, tx.init({"w": g}))
       self.assertLess(np.abs(got["w"]).max(), 20)
 
   def test_state_bytes(self):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,18 +11,13 @@ from absl.testing import absltest, parameterized
 import optim
 from tests.optim.low_rank import reference
 
-# Compiling takes most of the time: the compiler is told not to optimise.
-jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
-
 STEPS = 5
 
 
 def run(tx, grads):
   """Updates of a list of gradient trees, in float64."""
   params = jax.tree.map(jnp.zeros_like, jax.tree.map(jnp.asarray, grads[0]))
-  state, update, out = tx.init(params), jit(tx.update), []
+  state, update, out = tx.init(params), jax.jit(tx.update), []
   for g in grads:
     updates, state = update(jax.tree.map(jnp.asarray, g), state, params)
     out.append(updates)

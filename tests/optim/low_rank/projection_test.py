@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +9,6 @@ from absl.testing import absltest, parameterized
 
 import optim
 from optim.low_rank import moments, projection
-
-# Compiling takes most of the time: the compiler is told not to optimise.
-jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 def normal(seed, *shape):
@@ -191,7 +184,7 @@ class RefreshTest(parameterized.TestCase):
 
     projection._leading = counting
     try:
-      state, update = tx.init(params), jit(tx.update)
+      state, update = tx.init(params), jax.jit(tx.update)
       for g in grads:
         _, state = update(g, state, params)
       jax.effects_barrier()

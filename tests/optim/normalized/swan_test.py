@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +9,6 @@ import optax
 from absl.testing import absltest, parameterized
 
 import optim
-
-jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 def normal(seed, *shape):
@@ -39,7 +33,7 @@ def swan_of_torch_weight(g, *, center=False):
 def direction(g, **kwargs):
   tx = optim.scale_by_swan(**kwargs)
   tree = {"w": jnp.asarray(g, jnp.float32)}
-  out, state = jit(tx.update)(tree, tx.init(tree))
+  out, state = jax.jit(tx.update)(tree, tx.init(tree))
   assert not jax.tree.leaves(state)
   return np.asarray(out["w"], np.float64)
 
@@ -107,7 +101,7 @@ class SwanTest(parameterized.TestCase):
     tx = optim.swan(0.1, weight_decay=0.3, alpha=0.5, fallback=optax.sgd(1.0))
     got = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     state = tx.init(got)
-    update = jit(tx.update)
+    update = jax.jit(tx.update)
     w = params["w"]
     for g in grads:
       updates, state = update(g, state, got)

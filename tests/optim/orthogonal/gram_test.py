@@ -70,7 +70,6 @@ def polynomial(x, table):
 @functools.partial(
   jax.jit,
   static_argnames=("dtype", "form"),
-  compiler_options={"xla_backend_optimization_level": 0},
 )
 def run(x, table, *, dtype, form):
   return optim.newton_schulz(

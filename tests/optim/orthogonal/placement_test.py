@@ -19,10 +19,6 @@ CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 UP = PartitionSpec(None, "fsdp", "tensor")
 DOWN = PartitionSpec(None, "tensor", "fsdp")
 
-jit = lambda f, **kwargs: jax.jit(
-  f, compiler_options={"xla_backend_optimization_level": 0}, **kwargs
-)
-
 
 def make_mesh(axes, kind=AxisType.Auto):
   return jax.make_mesh(
@@ -78,10 +74,10 @@ class PlacementTest(parameterized.TestCase):
     tx = optim.scale_by_muon(shape_scale=None)
     state = optim.MuonState(divided)
     layout = (where, optim.MuonState(where))
-    compiled = jit(tx.update, out_shardings=layout).lower(divided, state)
+    compiled = jax.jit(tx.update, out_shardings=layout).lower(divided, state)
     compiled = compiled.compile()
     got, _ = compiled(divided, state)
-    want, _ = jit(tx.update)(host, optim.MuonState(host))
+    want, _ = jax.jit(tx.update)(host, optim.MuonState(host))
     for name in host:
       # A few roundings of bfloat16: the sums are in another order.
       np.testing.assert_allclose(got[name], want[name], atol=2.0**-6)
@@ -117,7 +113,7 @@ class PlacementTest(parameterized.TestCase):
         strict=True,
       )
     )
-    want, got = jit(f)(host), jit(f)(divided)
+    want, got = jax.jit(f)(host), jax.jit(f)(divided)
     for name in host:
       np.testing.assert_allclose(got[name], want[name], atol=1e-5)
       if kind == AxisType.Explicit:
@@ -147,12 +143,12 @@ class PlacementTest(parameterized.TestCase):
       normal(4, 3, 12, 12),
     ]
     f = lambda xs: polar.newton_schulz_list(xs, dtype=jnp.float32)
-    want = jit(f)(xs)
+    want = jax.jit(f)(xs)
     mesh = make_mesh(CUBE)
     put = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
     divided = [put(x) for x in xs]
     with absltest.mock.patch.object(placement, "_FLOPS_PER_BYTE", 0):
-      compiled = jit(lambda xs: f(xs)).lower(divided).compile()
+      compiled = jax.jit(lambda xs: f(xs)).lower(divided).compile()
     for a, b in zip(compiled(divided), want, strict=True):
       np.testing.assert_allclose(a, b, atol=1e-5)
     # Width 16 for the first two (50 padded to 4 · 16), 6 for 20 in strips.
@@ -163,9 +159,9 @@ class PlacementTest(parameterized.TestCase):
   def test_gradients(self):
     x, g = normal(0, 3, 8, 12), normal(1, 3, 8, 12)
     f = lambda x: jnp.sum(g * optim.newton_schulz(x, dtype=jnp.float32))
-    want = jit(jax.grad(f))(x)
+    want = jax.jit(jax.grad(f))(x)
     divided = jax.device_put(x, NamedSharding(make_mesh(CUBE), UP))
-    got = jit(jax.grad(lambda x: f(x)))(divided)
+    got = jax.jit(jax.grad(lambda x: f(x)))(divided)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
   def test_inside_shard_map_each_device_has_its_own(self):
@@ -174,7 +170,7 @@ class PlacementTest(parameterized.TestCase):
     spec = PartitionSpec(("data", "fsdp", "tensor"))
     f = lambda x: optim.newton_schulz(x, dtype=jnp.float32)
     run = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
-    np.testing.assert_allclose(jit(run)(x), jit(f)(x), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(run)(x), jax.jit(f)(x), atol=1e-5)
 
 
 class PlanTest(absltest.TestCase):

@@ -24,9 +24,8 @@ CFG = transformer.Config(
 )
 
 
-def quick(f, **kwargs):
-  options = {"xla_backend_optimization_level": 0}
-  return jax.jit(functools.partial(f, **kwargs), compiler_options=options)
+def jitted(f, **kwargs):
+  return jax.jit(functools.partial(f, **kwargs))
 
 
 def weights(layers=3, d=5, heads=4, groups=2, size=3, dtype=jnp.float32):
@@ -125,9 +124,9 @@ class ModelTest(parameterized.TestCase):
   @parameterized.product(groups=[2, 4], split=[None, "group"])
   def test_the_next_pass_is_below_tau(self, groups, split):
     cfg = dataclasses.replace(CFG, num_kv_heads=groups)
-    params = quick(transformer.init, cfg=cfg)(jax.random.key(0))
+    params = jitted(transformer.init, cfg=cfg)(jax.random.key(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(13, size=(2, 9)))
-    run = quick(transformer.apply, cfg=cfg, return_max_logits=True)
+    run = jitted(transformer.apply, cfg=cfg, return_max_logits=True)
     before = run(params, tokens).max_logits
     tau = float(np.median(before))
     clipped = optim.apply_qk_clip(params, before, tau, split=split)

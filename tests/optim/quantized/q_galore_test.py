@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +13,6 @@ from jaxlib_ext import quantization
 from optim.low_rank import projection
 
 pytestmark = pytest.mark.slow
-
-
-# Compiling takes most of the time: the compiler is told not to optimise.
-jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 def normal(seed, *shape):
@@ -36,7 +28,7 @@ def rank_one(seed, first):
 
 def run(tx, grads, params=None):
   params = jax.tree.map(jnp.zeros_like, grads[0]) if params is None else params
-  state, update, out = tx.init(params), jit(tx.update), []
+  state, update, out = tx.init(params), jax.jit(tx.update), []
   for g in grads:
     updates, state = update(g, state, params)
     out.append(updates)
@@ -55,7 +47,7 @@ class LazySubspaceTest(parameterized.TestCase):
     projection._leading = counting
     try:
       tx = optim.scale_by_q_galore(rank=2, **kwargs)
-      state, update, counts = tx.init(grads[0]), jit(tx.update), []
+      state, update, counts = tx.init(grads[0]), jax.jit(tx.update), []
       for g in grads:
         _, state = update(g, state)
         jax.effects_barrier()
@@ -111,7 +103,7 @@ class MomentsTest(absltest.TestCase):
     # Each step changes the second moment by less than its code's precision.
     g = {"w": jnp.asarray(np.sign(normal(0, 64, 64)))}
     tx = optim.scale_by_q_galore(rank=1.0, b2=0.99)
-    update, state, steps = jit(tx.update), tx.init(g), 150
+    update, state, steps = jax.jit(tx.update), tx.init(g), 150
     for _ in range(steps):
       _, state = update(g, state)
     low = state.projector["w"].dequantize().T @ g["w"]
@@ -174,10 +166,10 @@ class WeightsTest(absltest.TestCase):
     params, grads = self.make()
     grads["gain"] *= 0
     tx = optim.q_galore(0.004, rank=1.0, scale=0.25)
-    update, state = jit(tx.update), tx.init(params)
+    update, state = jax.jit(tx.update), tx.init(params)
     exact_tx, view = optim.q_galore(0.004, rank=1.0, scale=0.25), None
     start = view = quantization.dequantize_tree(params)
-    exact_update, exact_state = jit(exact_tx.update), exact_tx.init(view)
+    exact_update, exact_state = jax.jit(exact_tx.update), exact_tx.init(view)
     for _ in range(40):
       updates, state = update(grads, state, params)
       params = optim.apply_updates(params, updates)

@@ -12,9 +12,6 @@ import pytest
 
 import optim
 
-jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 SHAPES = {"w": (4, 3), "b": (5,)}
 
 
@@ -39,7 +36,7 @@ def squares(params):
 def run(tx, params, value_fn, count):
   """Parameters after jitted steps, and the slopes of each."""
 
-  @jit
+  @jax.jit
   def step(params, state):
     updates, state = tx.update(params, state, params, value_fn=value_fn)
     return optax.apply_updates(params, updates), state
@@ -57,7 +54,7 @@ def flat(params):
   )
 
 
-@jit
+@jax.jit
 def replayed(params, seed, slopes, start):
   return optim.mezo_replay(params, seed, slopes, -1.0, start=start)
 
@@ -94,7 +91,7 @@ def test_steps_are_the_formula(num_samples):
     theta = theta - rate * (np.mean(z.T * d, axis=1) + decay * theta)
   np.testing.assert_allclose(flat(got), theta, atol=1e-4)
   state = chained.init(tree())
-  updates, _ = jit(
+  updates, _ = jax.jit(
     lambda p, s: chained.update(p, s, p, value_fn=squares)
   )(tree(), state)  # fmt: skip
   first, _ = run(tx, tree(), squares, 1)
@@ -123,7 +120,7 @@ def test_directions_are_standard_normal_and_differ():
 def test_the_mean_over_directions_is_the_gradient():
   params = tree()
   tx = optim.scale_by_mezo(num_samples=4096)
-  updates, _ = jit(lambda p, s: tx.update(p, s, p, value_fn=squares))(
+  updates, _ = jax.jit(lambda p, s: tx.update(p, s, p, value_fn=squares))(
     params, tx.init(params)
   )
   g = flat(params)
@@ -144,7 +141,7 @@ def test_a_run_is_its_seed_slopes_and_rates(dtype):
   rates = optax.cosine_decay_schedule(0.05, 8)
   tx = optim.mezo(rates, num_samples=2, weight_decay=0.1, seed=3)
   state, params = tx.init(tree(0, dtype)), tree(0, dtype)
-  step = jit(lambda p, s: tx.update(p, s, p, value_fn=squares))
+  step = jax.jit(lambda p, s: tx.update(p, s, p, value_fn=squares))
   record, half = [], None
   for i in range(6):
     updates, state = step(params, state)
@@ -185,7 +182,7 @@ def test_memory_does_not_grow_with_directions():
       updates, state = tx.update(params, state, params, value_fn=squares)
       return optax.apply_updates(params, updates), state
 
-    compiled = jit(step, donate_argnums=0).lower(params, state).compile()
+    compiled = jax.jit(step, donate_argnums=0).lower(params, state).compile()
     return compiled.memory_analysis().temp_size_in_bytes / (4 * 4 * size)
 
   # In copies of the parameters: the moved one, and the random bits and
@@ -206,7 +203,7 @@ def test_inside_masked_only_what_is_kept_moves():
     seen.append(masked)
     return squares(masked)
 
-  updates, _ = jit(lambda p, s: tx.update(p, s, p, value_fn=value))(
+  updates, _ = jax.jit(lambda p, s: tx.update(p, s, p, value_fn=value))(
     params, tx.init(params)
   )
   assert isinstance(seen[0]["b"], optax.MaskedNode)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +10,6 @@ import pytest
 
 import optim
 from jaxlib_ext import quantization
-
-jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 def sample(shape, seed=0):
@@ -44,7 +38,7 @@ def distance(goal):
 
 
 def run(tx, params, value_fn, count):
-  @jit
+  @jax.jit
   def step(params, state):
     updates, state = tx.update(params, state, params, value_fn=value_fn)
     return optim.apply_updates(params, updates), state
@@ -83,7 +77,7 @@ def test_one_step_is_the_formula(relative):
   want = np.asarray(goal["w"].dequantize(), np.float64)
 
   tx = optim.scale_by_qzo(**kwargs, clip=None)
-  got, state = jit(lambda p, s: tx.update(p, s, p, value_fn=value))(
+  got, state = jax.jit(lambda p, s: tx.update(p, s, p, value_fn=value))(
     params, tx.init(params)
   )
   slope = float(state.slopes[0])
