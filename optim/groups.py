@@ -1,6 +1,9 @@
-"""One method for the matrices, another for the rest: the common assembly."""
+"""From a direction to an optimizer: decay, rates, and who takes the rest."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +41,104 @@ def add_cautious_decay(
   return optax.GradientTransformation(inner.init, update)
 
 
+def descent(
+  direction: optax.GradientTransformation,
+  learning_rate: optax.ScalarOrSchedule,
+  weight_decay: optax.ScalarOrSchedule,
+  *,
+  cautious: bool = False,
+  decayed: Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformation:
+  """W ← W - lr (direction(G) + weight_decay W).
+
+  Args:
+    direction: maps gradients to what is to be subtracted.
+    learning_rate: a value or a schedule.
+    weight_decay: decoupled decay, a value or a schedule.
+    cautious: whether it is that of `add_cautious_decay`.
+    decayed: says of which parameters; None for all.
+
+  Returns:
+    The transformation; updates are to be added to the parameters.
+
+  Raises:
+    ValueError: a negative rate or decay.
+  """
+  arguments.check_at_least("learning_rate", learning_rate, 0)
+  arguments.check_at_least("weight_decay", weight_decay, 0)
+  decay = add_cautious_decay if cautious else optax.add_decayed_weights
+  shrink = decay(weight_decay)
+  return optax.chain(
+    direction,
+    shrink if decayed is None else optax.masked(shrink, decayed),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+def adamw(
+  learning_rate: optax.ScalarOrSchedule,
+  weight_decay: optax.ScalarOrSchedule,
+) -> optax.GradientTransformationExtraArgs:
+  """What takes the leaves that a method leaves over, unless told otherwise."""
+  return numerics.in_float32(
+    optax.adamw(
+      learning_rate, b1=0.9, b2=0.95, eps=1e-10, weight_decay=weight_decay
+    )
+  )
+
+
+def _of_floats(
+  tx: optax.GradientTransformation, method: str
+) -> optax.GradientTransformationExtraArgs:
+  """Refuses to begin with parameters of another kind."""
+  tx = optax.with_extra_args_support(tx)
+
+  def init(params):
+    arguments.check_floating(params, method)
+    return tx.init(params)
+
+  return optax.GradientTransformationExtraArgs(init, tx.update)
+
+
+def for_all(
+  scale: optax.GradientTransformation,
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  method: str,
+  weight_decay: optax.ScalarOrSchedule,
+  cautious: bool,
+  labels: labels_lib.Labels,
+) -> optax.GradientTransformationExtraArgs:
+  """An elementwise optimizer: `descent` in at least float32.
+
+  Leaves labelled "vector" do not decay.
+
+  Args:
+    scale: maps gradients to directions that are to be subtracted.
+    learning_rate: as for `descent`.
+    method: the factory's name, for messages.
+    weight_decay: as for `descent`.
+    cautious: as for `descent`.
+    labels: as for the factories.
+
+  Returns:
+    The transformation; updates are to be added to the parameters.
+
+  Raises:
+    ValueError: as `descent`; on init, parameters that are not floating, or
+      labels that do not fit.
+  """
+
+  def decayed(params):
+    tree = labels_lib.resolve(labels, params)
+    return jax.tree.map(lambda label: label != "vector", tree)
+
+  tx = descent(
+    scale, learning_rate, weight_decay, cautious=cautious, decayed=decayed
+  )
+  return _of_floats(numerics.in_float32(tx), method)
+
+
 def for_matrices(
   matrix: optax.GradientTransformation,
   learning_rate: optax.ScalarOrSchedule,
@@ -73,8 +174,6 @@ def for_matrices(
     ValueError: a negative rate or decay; on init, parameters that are not
       floating, or labels that do not fit.
   """
-  arguments.check_at_least("learning_rate", learning_rate, 0)
-  arguments.check_at_least("weight_decay", weight_decay, 0)
 
   def group(params):
     tree = labels_lib.resolve(labels, params)
@@ -84,29 +183,11 @@ def for_matrices(
       )
     return jax.tree.map(lambda x: x if x == "matrix" else "fallback", tree)
 
-  decay = add_cautious_decay if cautious else optax.add_decayed_weights
-  transforms = {
-    "matrix": numerics.in_float32(
-      optax.chain(
-        matrix,
-        decay(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-      )
-    )
-  }
+  matrices = descent(matrix, learning_rate, weight_decay, cautious=cautious)
+  transforms = {"matrix": numerics.in_float32(matrices)}
   if fallback is not None:
     transforms["fallback"] = fallback
   else:
-    for name, amount in (("decayed", weight_decay), ("vector", 0.0)):
-      transforms[name] = numerics.in_float32(
-        optax.adamw(
-          learning_rate, b1=0.9, b2=0.95, eps=1e-10, weight_decay=amount
-        )
-      )
-  tx = optax.partition(transforms, group)
-
-  def init(params):
-    arguments.check_floating(params, method)
-    return tx.init(params)
-
-  return optax.GradientTransformationExtraArgs(init, tx.update)
+    transforms["decayed"] = adamw(learning_rate, weight_decay)
+    transforms["vector"] = adamw(learning_rate, 0.0)
+  return _of_floats(optax.partition(transforms, group), method)

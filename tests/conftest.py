@@ -1,27 +1,15 @@
-"""Eight simulated CPU devices for every test, set before JAX starts.
-
-The processes that tests start share what they compile: a run that is killed
-and started again, several times, compiles the same program each time. JAX has
-read its environment by the time these are set, so the tests' own process
-compiles everything itself.
-"""
+"""Eight simulated CPU devices for every test, and programs compiled quickly."""
 
 import os
-import tempfile
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-
-_CACHE = tempfile.TemporaryDirectory(prefix="thriftax-tests-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-
-
-# Most of the suite's time is compiling, of programs that run once.
+# Most of the suite's time is compiling, of programs that run once. The
+# processes that tests start do likewise: another optimization, other bits.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 
 
 @pytest.fixture

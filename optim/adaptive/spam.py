@@ -15,7 +15,7 @@ import optax
 
 from jaxlib_ext import labels as labels_lib
 from jaxlib_ext import paths
-from optim import arguments, numerics
+from optim import arguments, groups, numerics
 from optim.adaptive import moments
 
 # The warm-up after a reset begins at 1 minus this share of the update.
@@ -273,7 +273,7 @@ def spam(
   Raises:
     ValueError: as `scale_by_spam` and `label_params`.
   """
-  return moments.for_all(
+  return groups.for_all(
     scale_by_spam(
       b1=b1,
       b2=b2,

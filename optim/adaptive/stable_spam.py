@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import labels as labels_lib
-from optim import arguments, matrices, numerics
+from optim import arguments, groups, matrices, numerics
 from optim.adaptive import moments
 
 
@@ -282,7 +282,7 @@ def stable_spam(
   Raises:
     ValueError: as `scale_by_stable_spam` and `label_params`.
   """
-  return moments.for_all(
+  return groups.for_all(
     scale_by_stable_spam(
       b1=b1,
       b2=b2,

@@ -32,7 +32,7 @@ import optax
 
 from jaxlib_ext import labels as labels_lib
 from jaxlib_ext import paths, quantization
-from optim import numerics
+from optim import groups, numerics
 
 _ROUNDINGS = ("stochastic", "nearest")
 _MAX_LOOK_AHEAD = 4096
@@ -171,19 +171,15 @@ def _fallback(
 ) -> optax.GradientTransformationExtraArgs:
   if given is not None:
     return optax.with_extra_args_support(given)
-
-  def adamw(decay):
-    return numerics.in_float32(
-      optax.adamw(learning_rate, b1=0.9, b2=0.95, eps=1e-10, weight_decay=decay)
-    )
-
   kinds = jax.tree.map(
     lambda role: "vector" if role == "vector" else "decayed",
     _only(roles, roles, False),
   )
-  return optax.partition(
-    {"decayed": adamw(weight_decay), "vector": adamw(0.0)}, kinds
-  )
+  transforms = {
+    "decayed": groups.adamw(learning_rate, weight_decay),
+    "vector": groups.adamw(learning_rate, 0.0),
+  }
+  return optax.partition(transforms, kinds)
 
 
 def _step(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optim import arguments, numerics
+from optim import arguments, groups, numerics
 from optim.zeroth_order import spsa
 
 
@@ -108,18 +108,11 @@ def mezo(
   Raises:
     ValueError: a negative rate or decay, and as `scale_by_mezo`.
   """
-  arguments.check_at_least("learning_rate", learning_rate, 0)
-  arguments.check_at_least("weight_decay", weight_decay, 0)
-  return _in_params_dtype(
-    optax.chain(
-      spsa.scale_by_slopes(
-        epsilon=epsilon, num_samples=num_samples, clip=None, seed=seed
-      ),
-      optax.add_decayed_weights(weight_decay),
-      optax.scale_by_learning_rate(learning_rate),
-    ),
-    "MeZO",
+  slopes = spsa.scale_by_slopes(
+    epsilon=epsilon, num_samples=num_samples, clip=None, seed=seed
   )
+  tx = groups.descent(slopes, learning_rate, weight_decay)
+  return _in_params_dtype(tx, "MeZO")
 
 
 def mezo_replay(

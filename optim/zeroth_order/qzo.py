@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import labels, paths, quantization
-from optim import arguments
+from optim import arguments, groups
 from optim.zeroth_order import spsa
 
 
@@ -194,16 +194,11 @@ def qzo(
   Raises:
     ValueError: a negative rate or decay, and as `scale_by_qzo`.
   """
-  arguments.check_at_least("learning_rate", learning_rate, 0)
-  arguments.check_at_least("weight_decay", weight_decay, 0)
+  slopes = spsa.scale_by_slopes(
+    epsilon=epsilon, num_samples=num_samples, clip=clip, seed=seed
+  )
   return _on_scales(
-    optax.chain(
-      spsa.scale_by_slopes(
-        epsilon=epsilon, num_samples=num_samples, clip=clip, seed=seed
-      ),
-      optax.add_decayed_weights(weight_decay),
-      optax.scale_by_learning_rate(learning_rate),
-    ),
+    groups.descent(slopes, learning_rate, weight_decay),
     relative=relative,
     train_unquantized=train_unquantized,
     finish=lambda param, step: _with_scales(

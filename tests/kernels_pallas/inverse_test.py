@@ -42,7 +42,11 @@ def test_float32(case):
   want = np.linalg.inv(np.eye(64) + rows.astype(np.float64))
   got = jax.jit(inverse.unit_lower_inverse)(rows)
   assert got.dtype == np.float32
-  bound = {"same_1": 0.0, "same_1.9": 4e-6}.get(case, 5e-7)
+  bound = {"same_1": 0.0}.get(case, 5e-7)
+  if case == "same_1.9":
+    # One rounding of each term of X L X, where they all have one size.
+    terms = np.abs(want) @ np.abs(rows) @ np.abs(want)
+    bound = 2.0**-24 * terms.max() / np.abs(want).max()
   assert relative(got, want) <= bound
 
 
