@@ -12,6 +12,17 @@ jax.config.update("jax_disable_most_optimizations", True)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+  """Lets a module's programs go.
+
+  Each holds memory mappings, of which Linux allows a process 65,530; XLA
+  crashes beyond.
+  """
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def full_optimization():
   """For tests about compiled programs: what they hold, how they fare."""
