@@ -87,10 +87,15 @@ def adamw(
   )
 
 
-def _of_floats(
+def of_floats(
   tx: optax.GradientTransformation, method: str
 ) -> optax.GradientTransformationExtraArgs:
-  """Refuses to begin with parameters of another kind."""
+  """`tx`, which refuses to begin with parameters that are not floating.
+
+  Args:
+    tx: any transformation.
+    method: its name in the error.
+  """
   tx = optax.with_extra_args_support(tx)
 
   def init(params):
@@ -136,7 +141,7 @@ def for_all(
   tx = descent(
     scale, learning_rate, weight_decay, cautious=cautious, decayed=decayed
   )
-  return _of_floats(numerics.in_float32(tx), method)
+  return of_floats(numerics.in_float32(tx), method)
 
 
 def for_matrices(
@@ -190,4 +195,4 @@ def for_matrices(
   else:
     transforms["decayed"] = adamw(learning_rate, weight_decay)
     transforms["vector"] = adamw(learning_rate, 0.0)
-  return _of_floats(optax.partition(transforms, group), method)
+  return of_floats(optax.partition(transforms, group), method)

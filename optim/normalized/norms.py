@@ -55,7 +55,7 @@ def _rms_factors(
   def least(x):
     return jnp.finfo(x.dtype).tiny if eps is None else eps
 
-  def in_range(x, square):
+  def holds(x, square):
     # What the squares of smaller entries lose is then below rounding.
     limits = jnp.finfo(x.dtype)
     floor = jnp.maximum(square, jnp.asarray(least(x), x.dtype) ** 2)
@@ -78,7 +78,7 @@ def _rms_factors(
   squares = [_mean_square(x, over) for x, over in zip(xs, overs, strict=True)]
   if not squares:
     return []
-  every = [in_range(x, s) for x, s in zip(xs, squares, strict=True)]
+  every = [holds(x, s) for x, s in zip(xs, squares, strict=True)]
   return jax.lax.cond(
     functools.reduce(jnp.logical_and, every), direct, rescaled
   )

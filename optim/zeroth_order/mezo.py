@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optim import arguments, groups, numerics
+from optim import groups, numerics
 from optim.zeroth_order import spsa
 
 
@@ -24,17 +24,13 @@ def _in_params_dtype(
   inner: optax.GradientTransformation, method: str
 ) -> optax.GradientTransformationExtraArgs:
   """`inner`, whose updates are cast to the parameters' dtypes."""
-  inner = optax.with_extra_args_support(inner)
-
-  def init(params):
-    arguments.check_floating(params, method)
-    return inner.init(params)
+  inner = groups.of_floats(inner, method)
 
   def update(updates, state, params=None, **extra_args):
     updates, state = inner.update(updates, state, params, **extra_args)
     return numerics.cast_like(updates, params), state
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def scale_by_mezo(

@@ -9,7 +9,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.kernels_pallas import linear_cases as cases
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.usefixtures("full_optimization"),
+]
 
 
 @pytest.mark.parametrize("name", ["gdn", "kda", "mdn"])
