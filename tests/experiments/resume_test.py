@@ -9,11 +9,12 @@ from experiments import errors
 from jaxlib_ext import records
 from tests.experiments import runs
 
-# ECO draws random bits at every step; the others cover each kind of state.
-# Whose states hold what the others' do: AdamW under Muon, momentum under both.
+# Muon's state holds what the others' do: AdamW's under it, momentum. ECO draws
+# random bits at every step. Each with the steps at which it is killed: before
+# the first checkpoint, after it, after the second.
 OPTIMIZERS = {
-  "muon": (),
-  "eco": ("quantization.format=int4:32",),
+  "muon": ((), (9,)),
+  "eco": (("quantization.format=int4:32",), (2, 6, 9)),
 }
 
 
@@ -54,11 +55,11 @@ def test_what_a_run_leaves(tmp_path, corpus):
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_killed_and_resumed_is_bit_identical(tmp_path, corpus, optimizer):
-  more = (f"optimizer.name={optimizer}", *OPTIMIZERS[optimizer])
-  settings = runs.settings(corpus, *more)
+  more, steps = OPTIMIZERS[optimizer]
+  settings = runs.settings(corpus, f"optimizer.name={optimizer}", *more)
   runs.run(tmp_path / "whole", settings)
   killed = tmp_path / "killed"
-  for step in (2, 6, 9):
+  for step in steps:
     process = runs.start(killed, settings)
     runs.wait_for_step(process, killed, step)
     process.send_signal(signal.SIGKILL)
