@@ -32,6 +32,28 @@ def _sgd(
   )
 
 
+def _scaled_adamw(
+  learning_rate: optax.ScalarOrSchedule,
+  scale: float = 0.25,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 0.0,
+  mask: Any = None,
+) -> optax.GradientTransformation:
+  """AdamW with `scale` of the rate for the matrices, as GaLore has it.
+
+  The control of a comparison: what GaLore and its relatives gain beyond this
+  one comes from their subspaces.
+  """
+  return optax.chain(
+    optax.scale_by_adam(b1, b2, eps),
+    optax.masked(optax.scale(scale), _matrices),
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
 # Every factory of `optim` that a training loop can drive.
 _OWN = (
   "muon", "normuon", "adamuon", "dion", "dion2",
@@ -43,6 +65,7 @@ _OWN = (
 
 FACTORIES: dict[str, Callable[..., optax.GradientTransformation]] = {
   "adamw": optax.adamw,
+  "scaled_adamw": _scaled_adamw,
   "lion": optax.lion,
   "sgd": _sgd,
   **{name: getattr(optim, name) for name in _OWN},
@@ -59,6 +82,7 @@ ALIASES = {"scale": "column_normalized_sgd"}
 # here have a tenth of that.
 DEFAULTS: dict[str, dict[str, Any]] = {
   "adamw": dict(learning_rate=3e-3, weight_decay=0.1, b2=0.95),
+  "scaled_adamw": dict(learning_rate=5e-3, weight_decay=0.05, b2=0.95),
   "lion": dict(learning_rate=5e-4, weight_decay=0.3),
   "sgd": dict(learning_rate=0.1, weight_decay=1e-3),
   "muon": dict(learning_rate=8e-3, weight_decay=0.1),
@@ -269,4 +293,10 @@ def build(
 def _decayed(params: Any) -> Any:
   return jax.tree.map(
     lambda label: label != "vector", labels.resolve(None, params)
+  )
+
+
+def _matrices(params: Any) -> Any:
+  return jax.tree.map(
+    lambda label: label == "matrix", labels.resolve(None, params)
   )

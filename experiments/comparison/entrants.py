@@ -9,6 +9,7 @@ from experiments import optimizers
 # The reference comes first: the table sets all others against it.
 ALL = (
   "adamw",
+  "scaled_adamw",
   "lion",
   "sgd",
   "muon",

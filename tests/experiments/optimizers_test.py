@@ -31,7 +31,8 @@ def test_every_factory_of_optim_has_a_name():
     )
 
   found = {n for n in dir(optim) if is_factory(getattr(optim, n))}
-  assert found == set(optimizers.FACTORIES) - {"adamw", "lion", "sgd"}
+  own = {"adamw", "scaled_adamw", "lion", "sgd"}
+  assert found == set(optimizers.FACTORIES) - own
   assert set(optimizers.DEFAULTS) == set(optimizers.FACTORIES)
 
 
@@ -56,6 +57,17 @@ def test_the_defaults_make_an_optimizer(name):
   if optimizers.quantized(name):  # replaced instead of added to
     updates = jax.eval_shape(quantization.dequantize_tree, updates)
   assert shapes(updates) == shapes(PARAMS)
+
+
+def test_the_control_scales_the_matrices_of_adamw():
+  def updates(name):
+    more = "optimizer.learning_rate=0.01", "optimizer.weight_decay=0"
+    tx = optimizers.build(config(name, *more).optimizer, 10, 0, 0)
+    return tx.update(PARAMS, tx.init(PARAMS), PARAMS)[0]
+
+  plain, scaled = updates("adamw"), updates("scaled_adamw")
+  scaled["layers"]["up"] = 4 * scaled["layers"]["up"]
+  jax.tree.map(np.testing.assert_array_equal, scaled, plain)
 
 
 def test_formats():
