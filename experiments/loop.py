@@ -27,6 +27,7 @@ from experiments import (
   optimizers,
   reports,
   signals,
+  stored,
   trainer,
   transfer,
 )
@@ -120,11 +121,8 @@ class Run:
     multihost_utils.sync_global_devices("tokenizer")
     if not self.main:
       corpus = load()
-    if self.stored and self.stored["corpus"]["hash"] != corpus.hash:
-      raise errors.UserError(
-        f"data: the corpus has changed since this run began: hash "
-        f"{self.stored['corpus']['hash']} then, {corpus.hash} now"
-      )
+    if self.stored:
+      stored.check_corpus(self.stored["corpus"]["hash"], corpus.hash)
     return corpus
 
   def _model_config(self):

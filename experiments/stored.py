@@ -65,3 +65,17 @@ def state(workdir: pathlib.Path, target: Any, field: str) -> tuple[int, Any]:
   if not found:
     raise errors.UserError(f"{field}: {workdir} has no checkpoint to read")
   return found
+
+
+def check_corpus(then: str, now: str) -> None:
+  """UserError unless the hash of a run's data is what it was.
+
+  Args:
+    then: when the run began.
+    now: of what its configuration names today.
+  """
+  if then != now:
+    raise errors.UserError(
+      f"data: the corpus has changed since this run began: hash {then} then, "
+      f"{now} now"
+    )

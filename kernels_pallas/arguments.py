@@ -22,12 +22,33 @@ def shaped(
 ) -> jax.Array:
   """`x` as a floating array; ValueError unless its shape is `wanted`."""
   x = floating(name, x)
-  if x.shape != wanted:
+  check_shape(name, x, wanted, letters)
+  return x
+
+
+def check_shape(
+  name: str, x: Any, wanted: tuple[int, ...], letters: str
+) -> None:
+  """ValueError unless the shape of `x` is `wanted`."""
+  if jnp.shape(x) != wanted:
     raise ValueError(
       f"{name} must have the shape [{letters}] = {list(wanted)}, got "
-      f"{list(x.shape)}"
+      f"{list(jnp.shape(x))}"
     )
-  return x
+
+
+def check_integers(name: str, x: Any) -> None:
+  """TypeError unless `x` is of an integer dtype."""
+  dtype = jnp.result_type(x)
+  if not jnp.issubdtype(dtype, jnp.integer):
+    raise TypeError(f"{name} must be integers, got {dtype}")
+
+
+def known(x: Any) -> bool:
+  """Whether the values of `x` can be looked at here and now."""
+  if isinstance(x, jax.core.Tracer):
+    return False
+  return getattr(x, "is_fully_addressable", True)
 
 
 def check_scale(scale: Any, key_size: int) -> float:

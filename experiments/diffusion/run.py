@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from experiments import errors, loop, reports
+from experiments import stored as stored_lib
 from experiments.diffusion import configs, metrics, pictures, trainer
 from experiments.diffusion import data as data_lib
 from jaxlib_ext import checkpoint, records
@@ -39,7 +40,7 @@ class Run(loop.Run):
     self._claim()
     self.corpus = data_lib.load(config.data, shape)
     if self.stored:
-      _check_corpus(self.corpus, self.stored)
+      stored_lib.check_corpus(self.stored["corpus"]["hash"], self.corpus.hash)
     cfg = config.build(len(self.corpus.classes))
     self.trainer = trainer.Trainer(config, cfg)
     self._write_config(cfg)
@@ -173,7 +174,7 @@ def load(workdir: pathlib.Path, path: str = "") -> Trained:
   if path:
     config = config_lib.replace(config, "data.path", path)
   corpus = data_lib.load(config.data, cfg.input_shape)
-  _check_corpus(corpus, stored)
+  stored_lib.check_corpus(stored["corpus"]["hash"], corpus.hash)
   checkpoints = checkpoint.Checkpointer(workdir / "checkpoints")
   found = checkpoints.latest_readable(trainer.Trainer(config, cfg).target)
   checkpoints.close()
@@ -181,11 +182,3 @@ def load(workdir: pathlib.Path, path: str = "") -> Trained:
     raise errors.UserError(f"{workdir}: no checkpoint that can be read")
   step, state = found
   return Trained(cfg, state.ema, config, corpus, step)
-
-
-def _check_corpus(corpus, stored):
-  if stored["corpus"]["hash"] != corpus.hash:
-    raise errors.UserError(
-      "data: the examples have changed since this run began: hash "
-      f"{stored['corpus']['hash']} then, {corpus.hash} now"
-    )

@@ -29,8 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas import products
+
 Columns = tuple[jax.Array, ...]
-MaskDot = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Gates(NamedTuple):
@@ -88,52 +89,6 @@ class System(NamedTuple):
   decay: tuple[tuple[jax.Array | None, ...], ...]
 
 
-def dot(
-  a: jax.Array,
-  b: jax.Array,
-  *,
-  ta: bool = False,
-  tb: bool = False,
-  precision: jax.lax.PrecisionLike = "highest",
-) -> jax.Array:
-  """`a @ b` of the last two axes, either transposed, leading axes broadcast.
-
-  The result is at least float32.
-  """
-  if b.ndim == 2 and not ta:
-    # One product of all rows, rather than a batch with copies of b.
-    return jax.lax.dot_general(
-      a,
-      b,
-      (((a.ndim - 1,), (1 if tb else 0,)), ((), ())),
-      precision=precision,
-      preferred_element_type=_at_least_float32(a, b),
-    )
-  batch = jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-  a = jnp.broadcast_to(a, (*batch, *a.shape[-2:]))
-  b = jnp.broadcast_to(b, (*batch, *b.shape[-2:]))
-  n = len(batch)
-  axes = tuple(range(n))
-  contract = ((n if ta else n + 1,), (n + 1 if tb else n,))
-  return jax.lax.dot_general(
-    a,
-    b,
-    (contract, (axes, axes)),
-    precision=precision,
-    preferred_element_type=_at_least_float32(a, b),
-  )
-
-
-def mask_dot(a: jax.Array, b: jax.Array) -> jax.Array:
-  """`dot` where one of the two is a mask: bool, of zeros and ones."""
-  dtype = b.dtype if a.dtype == jnp.bool_ else a.dtype
-  return dot(a.astype(dtype), b.astype(dtype))
-
-
-def _at_least_float32(a, b):
-  return jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
-
-
 def iota(size: int, axis: int) -> jax.Array:
   """Row (axis 0) or column (axis 1) indices of a square matrix."""
   return jax.lax.broadcasted_iota(jnp.int32, (size, size), axis)
@@ -189,7 +144,7 @@ class Masks:
 def _decays(
   log_gate: jax.Array,
   masks: Masks,
-  mask_dot: MaskDot,
+  mask_dot: products.MaskDot,
   *,
   exclusive: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -224,7 +179,7 @@ def scalar_system(
   scale: float,
   delta: bool,
   precision: jax.lax.PrecisionLike = "highest",
-  mask_dot: MaskDot = mask_dot,
+  mask_dot: products.MaskDot = products.mask_dot,
 ) -> System:
   """The system of a member whose decays are scalars per token and head.
 
@@ -238,7 +193,7 @@ def scalar_system(
     scale: of q.
     delta: whether values are corrected by what the state predicts.
     precision: of the products of q, k and p.
-    mask_dot: how sums under a mask are made, as `mask_dot` makes them.
+    mask_dot: how sums under a mask are made, as `products.mask_dot` makes them.
 
   Returns:
     The `System`, without `lower` if not `delta`.
@@ -256,13 +211,13 @@ def scalar_system(
   if gates.log_momentum is not None:
     momentum, m = _decays(gates.log_momentum, masks, mask_dot)
     inner = gates.beta * momentum * flip(gates.eta)
-    gamma_before = dot(before, inner)
-    b_before = dot(before, gates.beta * m)
+    gamma_before = products.dot(before, inner)
+    b_before = products.dot(before, gates.beta * m)
     if p is None:
       # `decay` is `before` with ones on the diagonal.
       gamma, b = gamma_before + inner, b_before + gates.beta * m
     else:
-      gamma, b = dot(decay, inner), dot(decay, gates.beta * m)
+      gamma, b = products.dot(decay, inner), products.dot(decay, gates.beta * m)
     q_scale, p_scale = (a, b), (a_before, b_before)
     k_scale = (flip(last(gamma)), flip(last(momentum)) * gates.eta)
     state_decay = ((last(a), last(b)), (None, last(m)))
@@ -273,11 +228,11 @@ def scalar_system(
     gamma_before = weigh(before) if delta else None
     q_scale, p_scale = (a,), (a_before,)
     k_scale, state_decay = (flip(last(gamma)),), ((last(a),),)
-  at = dot(q, k, tb=True, precision=precision) * (gamma * scale)
+  at = products.dot(q, k, tb=True, precision=precision) * (gamma * scale)
   lower = None
   if delta:
     erase = k if p is None else p
-    lower = dot(erase, k, tb=True, precision=precision) * gamma_before
+    lower = products.dot(erase, k, tb=True, precision=precision) * gamma_before
   return System(
     p=p,
     q=q,
@@ -315,14 +270,14 @@ def step(
   if inverse is not None:
     erase = system.k if system.p is None else system.p
     for scale, x in zip(system.p_scale, state, strict=True):
-      e = e - scale * dot(erase, x, precision=precision)
-    e = dot(inverse, e, precision=precision)
-  o = dot(system.at, e, precision=precision)
+      e = e - scale * products.dot(erase, x, precision=precision)
+    e = products.dot(inverse, e, precision=precision)
+  o = products.dot(system.at, e, precision=precision)
   for scale, x in zip(system.q_scale, state, strict=True):
-    o = o + scale * dot(system.q, x, precision=precision)
+    o = o + scale * products.dot(system.q, x, precision=precision)
   out = []
   for row, scale in zip(system.decay, system.k_scale, strict=True):
-    new = dot(system.k, scale * e, ta=True, precision=precision)
+    new = products.dot(system.k, scale * e, ta=True, precision=precision)
     for d, x in zip(row, state, strict=True):
       if d is not None:
         new = new + d * x
@@ -339,7 +294,7 @@ def row_sum_by_product(x: jax.Array) -> jax.Array:
 
   XLA makes it a reduction again on a TPU or GPU.
   """
-  return dot(x, jnp.ones((x.shape[-1], 1), x.dtype))
+  return products.dot(x, jnp.ones((x.shape[-1], 1), x.dtype))
 
 
 def _like(x: jax.Array, target: jax.Array) -> jax.Array:
@@ -379,7 +334,7 @@ def step_vjp(
     The cotangents of the system (of L, not of its inverse), of v, and of the
     state that entered.
   """
-  dots = lambda a, b, **how: dot(a, b, precision=precision, **how)
+  dots = lambda a, b, **how: products.dot(a, b, precision=precision, **how)
   erase = system.k if system.p is None else system.p
   delta = inverse is not None
   de = dots(system.at, do, ta=True)

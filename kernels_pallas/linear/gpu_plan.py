@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from kernels_pallas import padding
 from kernels_pallas.linear import layout, problem
 
 # Tokens of a chunk, at most: what the matrix units of Hopper take at a time.
@@ -129,13 +130,7 @@ def pad(inputs: problem.Inputs, plan: Plan) -> problem.Inputs:
   inputs = layout.pad(inputs, plan.chunk)
 
   def widen(x, *sizes):
-    if x is None:
-      return None
-    kept = x.ndim - len(sizes)
-    widths = [(0, 0)] * kept + [
-      (0, size - n) for size, n in zip(sizes, x.shape[kept:], strict=True)
-    ]
-    return jnp.pad(x, widths)
+    return None if x is None else padding.last_axes(x, *sizes)
 
   log_decay = inputs.log_decay
   if log_decay.ndim == 4:

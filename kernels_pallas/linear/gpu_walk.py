@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from kernels_pallas.linear import chunk, pieces
+from kernels_pallas import pieces, products
+from kernels_pallas.linear import chunk
 from kernels_pallas.linear.gpu_plan import Plan
 
 Columns = chunk.Columns
@@ -235,13 +236,14 @@ class _Chunk:
       if name not in self._read:
         self._read[name] = self._part(name, 0)
       a = self._read[name]
-      return chunk.dot(a, b.astype(a.dtype), ta=ta)
+      return products.dot(a, b.astype(a.dtype), ta=ta)
 
     def passes(j, carry):
       total, rest = carry
       head = pieces.head(rest)
       add = lambda i, total: (
-        total + chunk.dot(self._part(name, i), head.astype(jnp.bfloat16), ta=ta)
+        total
+        + products.dot(self._part(name, i), head.astype(jnp.bfloat16), ta=ta)
       )
       total = jax.lax.fori_loop(0, self._parts - j, add, total)
       return total, rest - head

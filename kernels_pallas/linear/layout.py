@@ -7,9 +7,12 @@ value heads beside the key head that they share, which has R = 1.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import padding
 from kernels_pallas.linear import chunk, problem
 
 
@@ -20,19 +23,11 @@ def pad(inputs: problem.Inputs, multiple: int) -> problem.Inputs:
   (with momentum, beta = 0 also keeps it out of the state), and the segment
   of the last token goes on.
   """
-  extra = -inputs.q.shape[1] % multiple
-  if not extra:
-    return inputs
-
-  def widen(x, mode="constant"):
-    widths = [(0, 0)] * x.ndim
-    widths[1] = (0, extra)
-    return jnp.pad(x, widths, mode=mode)
-
+  widen = functools.partial(padding.to_multiple, axis=1, multiple=multiple)
   tokens = inputs._replace(state=None, segments=None)
   segments = inputs.segments
   if segments is not None:
-    segments = widen(segments, "edge")
+    segments = widen(segments, mode="edge")
   return jax.tree.map(widen, tokens)._replace(
     state=inputs.state, segments=segments
   )

@@ -302,16 +302,10 @@ def ordinals(segment_ids: Any, b: int, t: int) -> jax.Array:
     TypeError: unless it is an integer array.
     ValueError: for another shape, or for ids that decrease.
   """
+  arguments.check_integers("segment_ids", segment_ids)
+  arguments.check_shape("segment_ids", segment_ids, (b, t), "B, T")
   ids = jnp.asarray(segment_ids)
-  if not jnp.issubdtype(ids.dtype, jnp.integer):
-    raise TypeError(f"segment_ids must be integers, got {ids.dtype}")
-  if ids.shape != (b, t):
-    raise ValueError(
-      f"segment_ids must have the shape [B, T] = {[b, t]}, got "
-      f"{list(ids.shape)}"
-    )
-  known = not isinstance(segment_ids, jax.core.Tracer)
-  if known and getattr(segment_ids, "is_fully_addressable", True):
+  if arguments.known(segment_ids):
     values = np.asarray(segment_ids)
     if np.any(values[:, 1:] < values[:, :-1]):
       raise ValueError(

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import tpu_core
 from kernels_pallas.linear import (
   chunk,
   layout,
@@ -221,7 +222,7 @@ def _call(kernel, plan: Plan, name: str, in_specs, out_specs, out_shape, cost):
     scratch_shapes=[pltpu.VMEM(scratch, plan.wide)] * plan.states,
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-      vmem_limit_bytes=tpu_plan.VMEM_LIMIT,
+      vmem_limit_bytes=tpu_core.VMEM_LIMIT,
     ),
     cost_estimate=cost,
     interpret=plan.interpret,

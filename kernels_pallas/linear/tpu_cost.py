@@ -13,11 +13,10 @@ from typing import Any
 import jax
 from jax.experimental import pallas as pl
 
+from kernels_pallas import tpu_core
 from kernels_pallas.linear import chunk, tpu_kernels, tpu_plan
 
 Plan = tpu_plan.Plan
-# Products of bfloat16 pieces that make one of float32 in full precision.
-_PASSES = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +151,7 @@ def _product(eqn: Any) -> Work:
     jax.lax.Precision.HIGHEST,
     (jax.lax.Precision.HIGHEST,) * 2,
   )
-  return Work(flops=flops * (_PASSES if full else 1))
+  return Work(flops=flops * (tpu_core.PASSES if full else 1))
 
 
 def _bytes(tree: Any) -> int:

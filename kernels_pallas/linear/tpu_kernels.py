@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.linear import chunk, inverse, pieces, tpu_plan, vector
+from kernels_pallas import pieces
+from kernels_pallas.linear import chunk, inverse, tpu_plan, vector
 
 Plan = tpu_plan.Plan
 

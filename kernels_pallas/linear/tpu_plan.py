@@ -9,18 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas import tpu_core
 from kernels_pallas.linear import problem
 
-# Lanes of a tile: a block's last dimension is a multiple, or the whole array.
-_LANES = 128
 # More heads than this fill no further gaps and only lengthen the kernel.
 _MAX_HEADS = 4
-# What a kernel may use, told to the compiler: of 64 MiB (v5p) or 128 (v5e,
-# v6e), where the compiler's default is 16 to 32.
-VMEM_LIMIT = 48 * 2**20
-# What the estimate below may reach. It is above what the compiler used at
-# every shape that was tried, and is a guess at all others.
-_VMEM_BUDGET = 40 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,13 +128,13 @@ def make(inputs: problem.Inputs, options: problem.Options) -> Plan:
   )
   # Half a tile of lanes is legal where heads come in pairs and K and V are
   # small, which halves what is padded.
-  for lanes in (_LANES // 2, _LANES):
+  for lanes in (tpu_core.LANES // 2, tpu_core.LANES):
     up = lambda n, lanes=lanes: -(-n // lanes) * lanes
     padded = dataclasses.replace(
       base, key_size=up(key_size), value_size=up(value_size)
     )
     for plan in _plans(padded, h):
-      if _legal(plan, h) and vmem_bytes(plan) <= _VMEM_BUDGET:
+      if _legal(plan, h) and vmem_bytes(plan) <= tpu_core.VMEM_BUDGET:
         return plan
   raise NotImplementedError(
     f"states of K = {key_size} by V = {value_size} with chunks of "
@@ -152,8 +145,8 @@ def make(inputs: problem.Inputs, options: problem.Options) -> Plan:
 def _plans(base: Plan, h: int):
   """All plans, the preferred first."""
   repeat = h // base.groups
-  for splits in range(1, base.value_size // _LANES + 1):
-    if base.value_size % (splits * _LANES) and splits > 1:
+  for splits in range(1, base.value_size // tpu_core.LANES + 1):
+    if base.value_size % (splits * tpu_core.LANES) and splits > 1:
       continue
     most = _MAX_HEADS if splits == 1 else 1
     for heads in range(min(most, h), 0, -1):
@@ -172,9 +165,16 @@ def _legal(plan: Plan, h: int) -> bool:
   """Whether every block's lanes are whole tiles or the whole array."""
   whole = plan.heads == h
   return (
-    (plan.keys * plan.key_size % _LANES == 0 or plan.keys == plan.groups)
-    and (plan.heads * plan.value_width % _LANES == 0 or whole)
-    and (not plan.channels or plan.heads * plan.key_size % _LANES == 0 or whole)
+    (
+      plan.keys * plan.key_size % tpu_core.LANES == 0
+      or plan.keys == plan.groups
+    )
+    and (plan.heads * plan.value_width % tpu_core.LANES == 0 or whole)
+    and (
+      not plan.channels
+      or plan.heads * plan.key_size % tpu_core.LANES == 0
+      or whole
+    )
   )
 
 
@@ -202,8 +202,8 @@ def vmem_bytes(plan: Plan) -> int:
   blocks = keys * count * (narrow + 4) + values * 3 * narrow + states * 3 * 4
   if plan.channels:
     blocks += size * plan.heads * plan.key_size * 2 * 4
-  square = size * max(size, _LANES)
-  blocks += 2 * 16 * max(size, _LANES) * 4
+  square = size * max(size, tpu_core.LANES)
+  blocks += 2 * 16 * max(size, tpu_core.LANES) * 4
   flight = 12 * plan.states * square + 8 * size * (plan.key_size + width)
   flight += 2 * plan.states * plan.key_size * width
   # Float32 is multiplied in pieces, which are kept too.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import products
 from kernels_pallas.linear import chunk
 
 # Tokens of the block that the finest levels are computed in together.
@@ -30,7 +31,7 @@ def vector_system(
   delta: bool,
   whole: bool = False,
   precision: jax.lax.PrecisionLike = "highest",
-  mask_dot: chunk.MaskDot = chunk.mask_dot,
+  mask_dot: products.MaskDot = products.mask_dot,
 ) -> chunk.System:
   """The system of a chunk under per-channel decay.
 
@@ -120,7 +121,7 @@ def _scores(rows, k, g, masks, free, whole, precision, mask_dot):
     columns = _blocks(k, width) * factors[True]
     for name, x in rows.items():
       factor = factors[not (free and name == "lower")]
-      product = chunk.dot(
+      product = products.dot(
         _blocks(x, width) * factor, columns, tb=True, precision=precision
       )
       out[name] += _diagonal(jnp.where(pair, product, 0.0), size)

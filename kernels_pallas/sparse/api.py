@@ -222,16 +222,10 @@ def check_segments(
   """
   if segment_ids is None:
     return None
-  ids = jnp.asarray(segment_ids)
-  if not jnp.issubdtype(ids.dtype, jnp.integer):
-    raise TypeError(f"segment_ids must be integers, got {ids.dtype}")
+  arguments.check_integers("segment_ids", segment_ids)
   if t != s:
     raise ValueError(
       f"segment_ids needs as many queries as keys, got T = {t} and S = {s}"
     )
-  if ids.shape != (b, t):
-    raise ValueError(
-      f"segment_ids must have the shape [B, T] = {[b, t]}, got "
-      f"{list(ids.shape)}"
-    )
-  return ids.astype(jnp.int32)
+  arguments.check_shape("segment_ids", segment_ids, (b, t), "B, T")
+  return jnp.asarray(segment_ids, jnp.int32)

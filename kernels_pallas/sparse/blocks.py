@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas import arguments
+
 
 class BlockIndices(NamedTuple):
   """Which key blocks each query block attends to exactly.
@@ -50,34 +52,21 @@ def check(blocks: Any, wanted: tuple[int, int, int], num_kv: int) -> Any:
     )
   indices, counts = blocks[:2]
   for name, x in (("indices", indices), ("counts", counts)):
-    if not jnp.issubdtype(jnp.result_type(x), jnp.integer):
-      raise TypeError(
-        f"blocks.{name} must be integers, got {jnp.result_type(x)}"
-      )
+    arguments.check_integers(f"blocks.{name}", x)
   if jnp.ndim(indices) != 4 or jnp.shape(indices)[:3] != wanted:
     raise ValueError(
       f"blocks.indices must have the shape [B, H, NQ, M] with [B, H, NQ] = "
       f"{list(wanted)}, got {list(jnp.shape(indices))}"
     )
-  if jnp.shape(counts) != wanted:
-    raise ValueError(
-      f"blocks.counts must have the shape [B, H, NQ] = {list(wanted)}, got "
-      f"{list(jnp.shape(counts))}"
-    )
+  arguments.check_shape("blocks.counts", counts, wanted, "B, H, NQ")
   if not 1 <= jnp.shape(indices)[3] <= num_kv:
     raise ValueError(
       f"blocks.indices must have lists of 1 to NK = {num_kv} blocks, got "
       f"M = {jnp.shape(indices)[3]}"
     )
-  if _known(indices) and _known(counts):
+  if arguments.known(indices) and arguments.known(counts):
     _check_values(np.asarray(indices), np.asarray(counts), num_kv)
   return jnp.asarray(indices, jnp.int32), jnp.asarray(counts, jnp.int32)
-
-
-def _known(x: Any) -> bool:
-  if isinstance(x, jax.core.Tracer):
-    return False
-  return getattr(x, "is_fully_addressable", True)
 
 
 def _check_values(indices: np.ndarray, counts: np.ndarray, num_kv: int) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import arguments
-from kernels_pallas.sparse import api, choose, core, problem, products, select
+from kernels_pallas import arguments, products
+from kernels_pallas.sparse import api, choose, core, problem, select
 from kernels_pallas.sparse import blocks as block_lists
 
 
@@ -170,15 +170,9 @@ def clustered_attention(
 
 
 def _labels(name: str, x: Any, wanted: tuple[int, ...], letters: str):
-  x = jnp.asarray(x)
-  if not jnp.issubdtype(x.dtype, jnp.integer):
-    raise TypeError(f"{name} must be integers, got {x.dtype}")
-  if x.shape != wanted:
-    raise ValueError(
-      f"{name} must have the shape [{letters}] = {list(wanted)}, got "
-      f"{list(x.shape)}"
-    )
-  return x
+  arguments.check_integers(name, x)
+  arguments.check_shape(name, x, wanted, letters)
+  return jnp.asarray(x)
 
 
 def _blocks(labels, num_clusters, size):

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import padding
 from kernels_pallas.sparse import pooled, problem, statistics
 
 Forward = Callable[..., tuple[jax.Array, jax.Array]]
@@ -72,13 +73,14 @@ def pad(inputs: problem.Inputs, options: problem.Options) -> problem.Exact:
     exists = exists.reshape(b, g, num_kv * size, 1)
 
   def heads_first(x, block, *, keys=False):
-    x = _widen(jnp.swapaxes(x, 1, 2), 2, block)
+    x = padding.to_multiple(jnp.swapaxes(x, 1, 2), 2, block)
     return jnp.where(exists, x, 0) if keys and exists is not None else x
 
   q_segments = kv_segments = None
   if inputs.segments is not None:
-    q_segments = _widen(inputs.segments, 1, options.block_q, "edge")
-    kv_segments = _widen(inputs.segments, 1, size, "edge")
+    go_on = functools.partial(padding.to_multiple, mode="edge")
+    q_segments = go_on(inputs.segments, 1, options.block_q)
+    kv_segments = go_on(inputs.segments, 1, size)
   return problem.Exact(
     q=heads_first(inputs.q, options.block_q),
     k=heads_first(inputs.k, size, keys=True),
@@ -91,15 +93,6 @@ def pad(inputs: problem.Inputs, options: problem.Options) -> problem.Exact:
     bands=inputs.bands,
     sink_tokens=inputs.sink_tokens,
   )
-
-
-def _widen(x, axis, multiple, mode="constant"):
-  extra = -x.shape[axis] % multiple
-  if not extra:
-    return x
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, extra)
-  return jnp.pad(x, widths, mode=mode)
 
 
 def merge(
@@ -122,6 +115,25 @@ def merge(
   return out, jnp.where(seen, lse, problem.MASKED)
 
 
+def row_statistics(
+  out: jax.Array, lse: jax.Array, g: jax.Array, dlse: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """What a backward pass needs of each row: p = exp(s - lse), delta.
+
+  Args:
+    out: `[.., V]`, the output.
+    lse: `[..]`, of all its scores s, `MASKED` where there are none.
+    g: `[.., V]`, the cotangent of out.
+    dlse: `[..]`, that of lse.
+
+  Returns:
+    lse, such that the probabilities of rows that see nothing are 0, and
+    delta, of ds = p (dp - delta).
+  """
+  lse = jnp.where(lse > problem.MASKED / 2, lse, -problem.MASKED)
+  return lse, jnp.sum(g * out.astype(g.dtype), axis=-1) - dlse
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attend(forward, backward, options, exact, tail):
   del backward
@@ -137,9 +149,7 @@ def _attend_bwd(forward, backward, options, residuals, cotangents):
   del forward
   exact, tail, out, lse = residuals
   g, dlse = cotangents
-  # So that the probabilities of rows that see nothing are 0.
-  lse = jnp.where(lse > problem.MASKED / 2, lse, -problem.MASKED)
-  delta = jnp.sum(g * out.astype(g.dtype), axis=-1) - dlse
+  lse, delta = row_statistics(out, lse, g, dlse)
   dq, dk, dv = backward(exact, options, lse, g, delta)
   dtail = None
   if tail is not None:

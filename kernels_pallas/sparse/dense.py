@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import arguments
+from kernels_pallas import arguments, padding
 from kernels_pallas.sparse import api, core, problem
 
 # The largest chunks, and the scores held at once for all heads: where they
@@ -74,13 +74,9 @@ def full_attention(
 
 
 def _check_lengths(lengths, b, s):
-  if not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
-    raise TypeError(f"lengths must be integers, got {jnp.result_type(lengths)}")
-  if jnp.shape(lengths) != (b,):
-    raise ValueError(
-      f"lengths must have the shape [B] = {[b]}, got {list(jnp.shape(lengths))}"
-    )
-  if not isinstance(lengths, jax.core.Tracer):
+  arguments.check_integers("lengths", lengths)
+  arguments.check_shape("lengths", lengths, (b,), "B")
+  if arguments.known(lengths):
     least, most = int(np.min(lengths)), int(np.max(lengths))
     if least < 0 or most > s:
       raise ValueError(
@@ -156,9 +152,7 @@ def _attend_fwd(options, q, k, v, segments, lengths):
 def _attend_bwd(options, residuals, cotangents):
   q, k, v, segments, lengths, out, lse = residuals
   g, dlse = cotangents
-  # So that the probabilities of rows that see nothing are 0.
-  lse = jnp.where(lse > problem.MASKED / 2, lse, -problem.MASKED)
-  delta = jnp.sum(g * out.astype(g.dtype), axis=-1) - dlse
+  lse, delta = core.row_statistics(out, lse, g, dlse)
   keys = _Keys.of(k, v, segments, lengths, options)
   rows = lambda x: _split(x, options.chunk_q, 3)
 
@@ -217,7 +211,7 @@ class _Keys(NamedTuple):
 
   @classmethod
   def of(cls, k, v, segments, lengths, options):
-    pad = lambda x, axis: _widen(x, axis, options.chunk_kv)
+    pad = lambda x, axis: padding.to_multiple(x, axis, options.chunk_kv)
     if segments is not None:
       segments = pad(segments, 1)
     return cls(pad(k, 2), pad(v, 2), segments, lengths, k.shape[2])
@@ -275,7 +269,7 @@ def _queries(q, segments, options):
 
 def _split(x, size, axis):
   """Padded to whole chunks along an axis, the chunks in front."""
-  x = _widen(x, axis, size)
+  x = padding.to_multiple(x, axis, size)
   shape = (*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
   return jnp.moveaxis(x.reshape(shape), axis, 0)
 
@@ -284,12 +278,6 @@ def _join(x, length):
   """`[NQ, B, G, R, chunk_q, w]` to `[B, G, R, length, w]`."""
   x = jnp.moveaxis(x, 0, 3)
   return x.reshape(*x.shape[:3], -1, x.shape[-1])[:, :, :, :length]
-
-
-def _widen(x, axis, multiple):
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, -x.shape[axis] % multiple)
-  return jnp.pad(x, widths)
 
 
 def _dot(a, b, a_axis, b_axis):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.linear import pieces
+from kernels_pallas import padding, pieces
 from kernels_pallas.sparse import gpu_plan, problem
 
 Plan = gpu_plan.Plan
@@ -145,11 +145,13 @@ def pooled(exact: problem.Exact, tail: problem.Tail, plan: Plan) -> Pooled:
     squares = jnp.square(group(exact.q, exact).astype(plan.wide))
   segments = tail.segments
   if segments is not None:
-    segments = _widen(segments, num_kv)
+    segments = padding.last_axes(segments, num_kv)
   return Pooled(
     k=operand(tail.k, num_kv, plan.key_size),
     v=operand(tail.v, num_kv, plan.value_size),
-    bias=_widen(group(tail.bias, exact), num_kv, fill=problem.MASKED),
+    bias=padding.last_axes(
+      group(tail.bias, exact), num_kv, constant_values=problem.MASKED
+    ),
     segments=segments,
     variance=operand(tail.variance, num_kv, plan.key_size),
     squares=operand(squares, plan.key_size),
@@ -158,16 +160,7 @@ def pooled(exact: problem.Exact, tail: problem.Tail, plan: Plan) -> Pooled:
 
 
 def _operand(x, plan, *sizes):
-  return split(_widen(x, *sizes), plan)
-
-
-def _widen(x, *sizes, fill=0):
-  """Fills the last axes up to `sizes`."""
-  kept = x.ndim - len(sizes)
-  widths = [(0, 0)] * kept + [
-    (0, size - n) for size, n in zip(sizes, x.shape[kept:], strict=True)
-  ]
-  return jnp.pad(x, widths, constant_values=fill)
+  return split(padding.last_axes(x, *sizes), plan)
 
 
 def group(x: jax.Array, exact: problem.Exact) -> jax.Array:

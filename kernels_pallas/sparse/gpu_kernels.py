@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.linear import chunk
+from kernels_pallas import products
 from kernels_pallas.sparse import problem
 from kernels_pallas.sparse.gpu_data import (
   Data,
@@ -217,7 +217,7 @@ def _dot(a: Parts, b: Parts, **how) -> jax.Array:
   """A product of sums, less what float32 would lose; the smallest first."""
   many = len(a)
   return sum(
-    chunk.dot(a[i], b[n - i], **how)
+    products.dot(a[i], b[n - i], **how)
     for n in reversed(range(many))
     for i in range(n + 1)
   )

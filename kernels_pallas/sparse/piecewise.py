@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import arguments
+from kernels_pallas import arguments, padding, products
 from kernels_pallas.sparse import (
   api,
   choose,
   problem,
-  products,
   select,
   statistics,
 )
@@ -286,10 +285,7 @@ def _cut(q, k, v, target, size):
   def cut(x):
     x = jnp.repeat(jnp.swapaxes(x, 1, 2), heads // x.shape[2], axis=1)
     parts = jnp.split(x, [target], axis=2)
-    padded = [
-      jnp.pad(part, ((0, 0), (0, 0), (0, -part.shape[2] % size), (0, 0)))
-      for part in parts
-    ]
+    padded = [padding.to_multiple(part, 2, size) for part in parts]
     return statistics.split(jnp.concatenate(padded, axis=2), size)
 
   return _Blocks(cut(q), cut(k), cut(v), jnp.asarray(lengths, jnp.int32))

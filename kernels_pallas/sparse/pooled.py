@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.sparse import problem, products
+from kernels_pallas import products
+from kernels_pallas.sparse import problem
 
 # Scores held at once, in elements per (B, H): small enough for a cache.
 _SCORES = 1 << 18

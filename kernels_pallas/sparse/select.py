@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import arguments
+from kernels_pallas import arguments, products
 from kernels_pallas.sparse import (
   api,
   choose,
   core,
   problem,
-  products,
   statistics,
 )
 from kernels_pallas.sparse import blocks as block_lists

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import products
 from kernels_pallas.sparse import blocks as block_lists
-from kernels_pallas.sparse import problem, products
+from kernels_pallas.sparse import problem
 
 
 def split(x: jax.Array, size: int) -> jax.Array:

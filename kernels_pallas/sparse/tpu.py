@@ -21,6 +21,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import padding, tpu_core
 from kernels_pallas.sparse import (
   blocks,
   core,
@@ -93,7 +94,7 @@ def _backward(exact, options, lse, g, delta):
   rows = jnp.stack([lse, delta], axis=2)
   rows = rows.reshape(*rows.shape[:3], plan.num_q, plan.block_q)
   # Whole tiles of lanes, so that they can be copied.
-  rows = jnp.swapaxes(tpu_call.pad(rows, 4, tpu_plan.LANES), 2, 3)
+  rows = jnp.swapaxes(padding.to_multiple(rows, 4, tpu_core.LANES), 2, 3)
   dq = _queries_backward(exact, g, rows, plan)
   dk, dv = _keys_backward(exact, g, rows, plan)
   return (
@@ -163,7 +164,7 @@ def _pooled(tail, grid: tpu_call.Grid) -> tpu_kernels.Pooled | None:
   def chunks(x, axis, at, value=0):
     if x is None:
       return None
-    x = tpu_call.pad(x, axis, size, value)
+    x = padding.to_multiple(x, axis, size, constant_values=value)
     shape = *x.shape[:axis], -1, size, *x.shape[axis + 1 :]
     return grid.operand(x.reshape(shape), at)
 
@@ -172,7 +173,7 @@ def _pooled(tail, grid: tpu_call.Grid) -> tpu_kernels.Pooled | None:
   if tail.variance is not None:
     variance = _keys(tail.variance, plan)
   if tail.slope is not None:
-    slope = tpu_call.pad(_values(tail.slope, plan), 3, plan.key_size)
+    slope = padding.to_multiple(_values(tail.slope, plan), 3, plan.key_size)
   many = plan.slopes > 1
   return tpu_kernels.Pooled(
     k=chunks(_keys(tail.k, plan), 2, group),
@@ -197,14 +198,14 @@ def _segments(exact, plan):
 
 def _keys(x, plan):
   """Lanes of keys, in the dtype of the products."""
-  return tpu_call.pad(x.astype(plan.narrow), x.ndim - 1, plan.key_size)
+  return padding.to_multiple(x.astype(plan.narrow), x.ndim - 1, plan.key_size)
 
 
 def _values(x, plan):
   """Lanes of values, which follow those of keys where the two are joint."""
   widths = [(0, 0)] * (x.ndim - 1) + [(plan.value_lane, 0)]
   x = jnp.pad(x.astype(plan.narrow), widths)
-  return tpu_call.pad(x, x.ndim - 1, plan.value_size)
+  return padding.to_multiple(x, x.ndim - 1, plan.value_size)
 
 
 def _gathered(keys, values, block, plan):

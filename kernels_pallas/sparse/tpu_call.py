@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import padding, tpu_core
 from kernels_pallas.sparse import tpu_kernels, tpu_plan, tpu_walk
 
 Plan = tpu_plan.Plan
@@ -60,7 +61,7 @@ class Grid:
   def lists(self, indices, counts, per_step: int) -> tpu_walk.Lists:
     """Rows of a count and a list, padded to whole steps."""
     rows = jnp.concatenate(
-      [counts[..., None], pad(indices, 3, per_step)], axis=-1
+      [counts[..., None], padding.to_multiple(indices, 3, per_step)], axis=-1
     )[..., None, :]
     at = lambda x: (x.batch, x.head, x.block)
     return tpu_walk.Lists(
@@ -182,7 +183,7 @@ def run(
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel",) * 2
         + ("arbitrary",) * (len(grid.shape) - 2),
-        vmem_limit_bytes=tpu_plan.VMEM_LIMIT,
+        vmem_limit_bytes=tpu_core.VMEM_LIMIT,
       ),
       cost_estimate=tpu_plan.cost(plan, name),
       interpret=plan.interpret,
@@ -221,10 +222,3 @@ def _batched(call, batch: int):
     return out, jax.tree.map(lambda _: True, out)
 
   return one
-
-
-def pad(x: jax.Array, axis: int, multiple: int, value: float = 0) -> jax.Array:
-  """Widens an axis to a multiple."""
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, -x.shape[axis] % multiple)
-  return jnp.pad(x, widths, constant_values=value)

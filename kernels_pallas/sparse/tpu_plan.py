@@ -10,28 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from kernels_pallas import tpu_core
 from kernels_pallas.sparse import problem
 
-# Lanes of a tile, and rows of one of bfloat16. Mosaic also compiles blocks that
-# are not whole tiles, but would shift every row of what is gathered.
-LANES = 128
+# Rows of a tile of bfloat16. Mosaic also compiles blocks that are not whole
+# tiles, but would shift every row of what is gathered.
 _ROWS = 16
 # Columns of a step's scores: so many keys (or queries, in the kernel for keys)
 # are gathered at a time where blocks are smaller.
 COLUMNS = 512
-# What a kernel may use, told to the compiler: of 64 MiB (v5p) or 128 (v5e,
-# v6e), where the compiler's default is 16 to 32.
-VMEM_LIMIT = 48 * 2**20
-# What the estimate below may reach. It is above what the compiler used at
-# every shape that was tried, and is a guess at all others.
-_VMEM_BUDGET = 40 * 2**20
 # Arrays of a step's scores that a kernel keeps at once.
 _IN_FLIGHT = 4
 # Float32 is multiplied in pieces, which are kept too: as many arrays of the
 # operands' shapes.
 _PIECES = 5
-# Products of bfloat16 pieces that make one of float32 in full precision.
-_PASSES = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +127,8 @@ def make(
   b, h, num_q, longest = exact.indices.shape
   groups, num_kv = exact.lengths.shape[1:]
   key_size, value_size = exact.k.shape[3], exact.v.shape[3]
-  joint = key_size + value_size <= LANES
-  pooled_size = min(COLUMNS, up(num_kv, LANES))
+  joint = key_size + value_size <= tpu_core.LANES
+  pooled_size = min(COLUMNS, up(num_kv, tpu_core.LANES))
   plan = Plan(
     batch=b,
     heads=h,
@@ -146,8 +138,8 @@ def make(
     block_q=options.block_q,
     block_kv=options.block_kv,
     longest=longest,
-    key_size=up(key_size, LANES),
-    value_size=up(value_size, LANES),
+    key_size=up(key_size, tpu_core.LANES),
+    value_size=up(value_size, tpu_core.LANES),
     value_lane=key_size if joint else 0,
     joint=joint,
     kv_blocks=_blocks(options.block_kv, longest),
@@ -164,7 +156,7 @@ def make(
     wide=jnp.promote_types(dtype, jnp.float32),
     interpret=options.interpret,
   )
-  if vmem_bytes(plan) > _VMEM_BUDGET:
+  if vmem_bytes(plan) > tpu_core.VMEM_BUDGET:
     raise NotImplementedError(_too_large(plan))
   return plan
 
@@ -191,14 +183,14 @@ def _too_large(plan: Plan) -> str:
     for size in (1024, 512, 256, 128, 64, 32, 16):
       num = problem.num_blocks(tokens, size)
       other = {name: size, count: num, at_a_time: _blocks(size, num)}
-      if vmem_bytes(dataclasses.replace(plan, **other)) <= _VMEM_BUDGET:
+      if vmem_bytes(dataclasses.replace(plan, **other)) <= tpu_core.VMEM_BUDGET:
         return f"{name} up to {size} fits"
     return f"no {name} fits"
 
   return (
     f"block_q = {plan.block_q} and block_kv = {plan.block_kv} need about "
     f"{vmem_bytes(plan) >> 20} MiB of VMEM, of which the TPU kernels take "
-    f"{_VMEM_BUDGET >> 20}; with the other as it is, "
+    f"{tpu_core.VMEM_BUDGET >> 20}; with the other as it is, "
     f"{fit('block_q', 'num_q', 'q_blocks')} and "
     f"{fit('block_kv', 'num_kv', 'kv_blocks')}"
   )
@@ -206,7 +198,7 @@ def _too_large(plan: Plan) -> str:
 
 def _blocks(size: int, most: int) -> int:
   """Blocks gathered at a time: what they cover are whole tiles of lanes."""
-  whole = LANES // math.gcd(size, LANES)
+  whole = tpu_core.LANES // math.gcd(size, tpu_core.LANES)
   return max(1, min(COLUMNS // size, up(most, whole)))
 
 
@@ -218,17 +210,19 @@ def vmem_bytes(plan: Plan) -> int:
   """
   narrow, wide = plan.narrow.itemsize, plan.wide.itemsize
   sizes = plan.key_size + plan.value_size
-  gathered = LANES if plan.joint else sizes
-  lanes = lambda n: up(n, LANES)
+  gathered = tpu_core.LANES if plan.joint else sizes
+  lanes = lambda n: up(n, tpu_core.LANES)
   keys = plan.kv_blocks * plan.block_kv
   queries = plan.q_blocks * plan.block_q
   ids_kv = 2 * 4 * up(plan.num_kv, 8) * lanes(plan.block_kv) * plan.segments
   ids_q = 2 * 4 * up(plan.num_q, 8) * lanes(plan.block_q) * plan.segments
   # Columns of a number fill a tile each.
-  columns = 6 * wide * plan.block_q * LANES
+  columns = 6 * wide * plan.block_q * tpu_core.LANES
 
   pooled = plan.pooled_size * plan.pooled_steps
-  tail = 2 * narrow * pooled * sizes + 2 * wide * up(pooled, 8 * LANES) * 2
+  tail = (
+    2 * narrow * pooled * sizes + 2 * wide * up(pooled, 8 * tpu_core.LANES) * 2
+  )
   if plan.tail == "mean_var":
     tail += 2 * narrow * pooled * plan.key_size
   if plan.slopes:
@@ -282,9 +276,9 @@ def cost(plan: Plan, kernel: str) -> pl.CostEstimate:
     is six of bfloat16. Exponentials, and bytes between HBM and VMEM.
   """
   narrow, wide = plan.narrow.itemsize, plan.wide.itemsize
-  passes = 1 if plan.precision == "default" else _PASSES
+  passes = 1 if plan.precision == "default" else tpu_core.PASSES
   sizes = plan.key_size + plan.value_size
-  gathered = LANES if plan.joint else sizes
+  gathered = tpu_core.LANES if plan.joint else sizes
   rows = plan.batch * plan.heads * plan.num_q * plan.block_q
   keys = plan.batch * plan.groups * plan.num_kv * plan.block_kv
   listed = plan.longest * plan.block_kv

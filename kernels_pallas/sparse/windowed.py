@@ -159,11 +159,10 @@ def banded_attention(
 
 def _integers(name: str, x: Any) -> np.ndarray | jax.Array:
   """`x` as int32, of numpy where its values are known."""
-  if not jnp.issubdtype(jnp.result_type(x), jnp.integer):
-    raise TypeError(f"{name} must be integers, got {jnp.result_type(x)}")
-  if isinstance(x, jax.core.Tracer):
-    return x.astype(jnp.int32)
-  return np.asarray(x).astype(np.int32)
+  arguments.check_integers(name, x)
+  if arguments.known(x):
+    return np.asarray(x).astype(np.int32)
+  return x.astype(jnp.int32)
 
 
 def _per_head(name: str, x: Any, heads: int, least: int) -> Any:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.linear import pieces
+from kernels_pallas import pieces
 
 
 def random(*shape, seed=0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -234,6 +235,13 @@ def check(got: dict, wanted: dict, *, atol: float, rtol: float) -> None:
       atol=atol * max(1.0, size),
       err_msg=name,
     )
+
+
+def check_float64(case: Case, tail: str, **options: Any) -> None:
+  """An implementation against the reference, both in float64."""
+  with jax.enable_x64(True):
+    args = make(case)
+    check(run(args, tail, **options), run(args, tail, "reference"), **F64)
 
 
 def in_float64(args: dict, tail: str) -> dict:

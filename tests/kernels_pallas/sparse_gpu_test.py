@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.sparse import gpu
+from tests import quick
 from tests.kernels_pallas import sparse_cases as cases
 
 OPTIONS = dict(implementation="pallas_gpu", interpret=True)
@@ -50,13 +51,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_float64(name):
-  case, tail = CASES[name]
-  with jax.enable_x64(True):
-    args = cases.make(case)
-    got = cases.run(args, tail, **OPTIONS)
-    cases.check(got, cases.run(args, tail, "reference"), **cases.F64)
+@pytest.mark.parametrize("case, tail", quick.cases(CASES, {"causal", "cross"}))
+def test_float64(case, tail):
+  cases.check_float64(case, tail, **OPTIONS)
 
 
 def test_bands_and_lengths():

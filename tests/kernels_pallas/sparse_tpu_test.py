@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import kernels_pallas
 from kernels_pallas.sparse import problem, tpu, tpu_plan
+from tests import quick
 from tests.kernels_pallas import sparse_cases as cases
 from tests.kernels_pallas import tpu_test
 
@@ -50,13 +51,9 @@ def short_steps(monkeypatch):
   monkeypatch.setattr(tpu_plan, "COLUMNS", 32)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_float64(name):
-  case, tail = CASES[name]
-  with jax.enable_x64(True):
-    args = cases.make(case)
-    got = cases.run(args, tail, **OPTIONS)
-    cases.check(got, cases.run(args, tail, "reference"), **cases.F64)
+@pytest.mark.parametrize("case, tail", quick.cases(CASES, {"causal"}))
+def test_float64(case, tail):
+  cases.check_float64(case, tail, **OPTIONS)
 
 
 def test_bands_and_lengths():

@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxlib_ext import topology
+from kernels_pallas import tpu_core
 from kernels_pallas.linear import tpu_cost, tpu_plan
 from tests.kernels_pallas import linear_cases as cases
 
@@ -151,7 +152,7 @@ def test_compiles_ahead_of_time(name, case, chip, plans):
   used = report.kernel_vmem
   assert len(used) == 2
   planned = tpu_plan.vmem_bytes(plan)
-  assert max(used.values()) <= planned <= tpu_plan.VMEM_LIMIT, used
+  assert max(used.values()) <= planned <= tpu_core.VMEM_LIMIT, used
   # XLA goes by our count.
   flops = sum(tpu_cost.work(plan, back).flops for back in (False, True))
   assert flops <= report.flops < 1.1 * flops

@@ -18,7 +18,9 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.linear import chunk, problem, tpu, tpu_plan
+from kernels_pallas import products
+from kernels_pallas.linear import problem, tpu, tpu_plan
+from tests import quick
 from tests.kernels_pallas import linear_cases as cases
 
 OPTIONS = dict(implementation="pallas_tpu", interpret=True)
@@ -94,7 +96,7 @@ def test_lengths_without_segments(t):
 
 
 def _as_a_matrix_unit(original):
-  """`chunk.dot` with float32 rounded as a TPU rounds it by default."""
+  """`products.dot` with float32 rounded as a TPU rounds it by default."""
 
   def dot(a, b, *, precision="highest", **how):
     if precision == "default":
@@ -107,7 +109,7 @@ def _as_a_matrix_unit(original):
 @pytest.mark.parametrize("name", ["kda", "mdn"])
 def test_bfloat16(name, monkeypatch):
   """A TPU multiplies float32 in bfloat16 unless told otherwise; a CPU not."""
-  monkeypatch.setattr(chunk, "dot", _as_a_matrix_unit(chunk.dot))
+  monkeypatch.setattr(products, "dot", _as_a_matrix_unit(products.dot))
   arrays = cases.make(cases.MEMBERS[name], SHAPE, seed=2)
   (o, state), gradients = cases.compare(
     name,
@@ -181,7 +183,10 @@ def race(f, capfd):
 
 
 # A second core costs three times the first, and blocks are alike for all.
-@pytest.mark.parametrize("name, cores", [("ssd", 2), ("mdn", 1), ("kda", 1)])
+MODELLED = {"ssd-2": ("ssd", 2), "mdn-1": ("mdn", 1), "kda-1": ("kda", 1)}
+
+
+@pytest.mark.parametrize("name, cores", quick.cases(MODELLED, {"mdn-1"}))
 def test_memory_and_races(name, cores, capfd, monkeypatch):
   """On two cores, each has one of the value heads of a key head."""
   monkeypatch.setattr(tpu_plan, "_MAX_HEADS", 1)

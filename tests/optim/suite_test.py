@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxlib_ext import labels, sharding
+from tests import quick
 from tests.optim.rows import ROWS
 
 # One of each kind of assembly and of state is enough for a second interpreter.
@@ -28,13 +29,7 @@ QUICK = {
   "mezo",
   "eco",
 }
-rows = pytest.mark.parametrize(
-  "row",
-  [
-    pytest.param(row, id=name, marks=[] if name in QUICK else pytest.mark.slow)
-    for name, row in ROWS.items()
-  ],
-)
+rows = pytest.mark.parametrize("row", quick.cases(ROWS, QUICK))
 
 
 def normal(seed, *shape):

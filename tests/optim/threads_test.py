@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from absl.testing import absltest
 
 # On two threads: as many as there are stacks are needed to stand still.
@@ -43,6 +44,7 @@ for first in (0, 1, 2):
 """
 
 
+@pytest.mark.slow
 class ThreadsTest(absltest.TestCase):
   def test_stacks_of_several_shapes_on_two_threads(self):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}

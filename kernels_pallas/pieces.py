@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.linear import chunk
+from kernels_pallas import products
 
 
 def head(x: jax.Array) -> jax.Array:
@@ -39,7 +39,7 @@ def split(x: jax.Array, count: int) -> list[jax.Array]:
 
 @jax.custom_vjp
 def mask_dot(a: jax.Array, b: jax.Array) -> jax.Array:
-  """As `chunk.mask_dot`, in three exact products.
+  """As `products.mask_dot`, in three exact products.
 
   Args:
     a: `[M, K]`, float32, or bool if b is not.
@@ -56,9 +56,9 @@ def _mask_dot(a, b, **how):
   mask, x = (a, b) if left else (b, a)
   if x.dtype != jnp.float32:  # float64, in the interpreter.
     mask = mask.astype(x.dtype)
-    return chunk.dot(*((mask, x) if left else (x, mask)), **how)
+    return products.dot(*((mask, x) if left else (x, mask)), **how)
   mask = jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16)
-  dot = functools.partial(chunk.dot, **how, precision="default")
+  dot = functools.partial(products.dot, **how, precision="default")
   return sum(
     dot(mask, piece) if left else dot(piece, mask) for piece in split(x, 3)
   )
@@ -82,5 +82,5 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
   """`a @ b` of float32 matrices to 16 bits, in three products."""
   a, low_a = split(a, 2)
   b, low_b = split(b, 2)
-  dot = functools.partial(chunk.dot, precision="default")
+  dot = functools.partial(products.dot, precision="default")
   return dot(a, b) + (dot(a, low_b) + dot(low_a, b))
