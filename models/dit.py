@@ -55,6 +55,8 @@ def param_specs(cfg: Config) -> dict[str, Any]:
     "up": spec((d, f), ("embed", "mlp"), normal),
     "down": spec((f, d), ("mlp", "embed"), residual),
   }
+  if cfg.coarse_residual:
+    layer["coarse"] = spec((d,), ("embed",), zeros)
   tree = {
     "patch_embed": spec((cfg.patch_size, d), (None, "embed"), normal),
     "time_in": spec((_TIME_FEATURES, d), (None, "embed"), normal),

@@ -66,7 +66,10 @@ def layer(
     heads = (*z.shape[:2], cfg.num_heads, cfg.key_size)
     q, k, v = (layers.matmul(z, p[name]).reshape(heads) for name in "qkv")
     q, k = (layers.rope(a, *rotation) for a in (q, k))
-    z = ATTENTION[attention](q, k, v, cfg).reshape(y.shape)
+    share = None
+    if cfg.coarse_residual and attention == "in_context":
+      share = layers.matmul(z, p["coarse"][:, None])
+    z = ATTENTION[attention](q, k, v, cfg, share).reshape(y.shape)
     y = y + gate * layers.matmul(z, p["o"])
   with jax.named_scope("mlp"):
     z = norm(y, mlp_shift, mlp_scale, cfg)
@@ -95,9 +98,9 @@ def norm(
   return z.astype(y.dtype)
 
 
-def _full(q, k, v, cfg):
+def _full(q, k, v, cfg, share=None):
   """Softmax over all keys."""
-  del cfg
+  del cfg, share
 
   def one_by_one(q, k, v):
     """On a CPU the scores of an example stay in a cache, a batch's do not."""
@@ -109,7 +112,8 @@ def _full(q, k, v, cfg):
   )
 
 
-def _piecewise(q, k, v, cfg):
+def _piecewise(q, k, v, cfg, share=None):
+  del share
   return kernels_pallas.piecewise_attention(
     q,
     k,
@@ -120,7 +124,7 @@ def _piecewise(q, k, v, cfg):
   )
 
 
-def _in_context(q, k, v, cfg):
+def _in_context(q, k, v, cfg, share=None):
   return kernels_pallas.in_context_attention(
     q,
     k,
@@ -130,6 +134,7 @@ def _in_context(q, k, v, cfg):
     sharp=cfg.sharp,
     density=cfg.density,
     block_size=math.prod(cfg.tile),
+    residual=share,
   )
 
 

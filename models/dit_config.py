@@ -27,6 +27,9 @@ class Config:
     mlp_ratio: the feed-forward width over D.
     num_classes: of the labels; 0 is a model without labels.
     context: whether a second image or video may follow the target.
+    coarse_residual: whether in-context attention adds a learned share of its
+      coarse attention to every token, 0 at the start; needs a context. The
+      share is a parameter, of no effect under other attention.
     rope_theta: base of the wavelengths of the positions, whose longest is
       2 pi times that; grids are short, so it is small.
     norm_eps: of the normalisation.
@@ -53,6 +56,7 @@ class Config:
   mlp_ratio: float = 4.0
   num_classes: int = 0
   context: bool = False
+  coarse_residual: bool = False
   rope_theta: float = 100.0
   norm_eps: float = 1e-6
   init_std: float = 0.02
@@ -141,6 +145,12 @@ class Config:
       self.context or self.attention != "in_context",
       self.context,
       "true where attention is 'in_context'",
+    )
+    _check(
+      "coarse_residual",
+      self.context or not self.coarse_residual,
+      self.coarse_residual,
+      "true only with a context",
     )
 
   @property

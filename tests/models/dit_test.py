@@ -245,6 +245,7 @@ def test_sampling_bad_input(changes, words):
       dict(attention="in_context", tile=(2, 2), context=False),
       "context: got False",
     ),
+    (dict(coarse_residual=True, context=False), "coarse_residual: got True"),
   ],
 )
 def test_config_bad_input(changes, words):
@@ -302,10 +303,37 @@ def test_sparse_attention(name):
     np.testing.assert_allclose(a, b, **F32)
 
 
+def test_coarse_residual():
+  """A share of 0 adds nothing, as at the start; another does."""
+  cfg = dataclasses.replace(
+    IMAGE, tile=(2, 2), coarse_residual=True, **SPARSE["in_context"]
+  )
+  params, arrays = random_params(cfg), inputs(cfg)
+  assert not np.any(dit.init(jax.random.key(0), cfg)["layers"]["coarse"])
+  layer = dict(params["layers"])
+  share = layer.pop("coarse")
+  plain = {**params, "layers": layer}
+  without = velocity(
+    dataclasses.replace(cfg, coarse_residual=False), plain, arrays
+  )
+  layer["coarse"] = jnp.zeros_like(share)
+  np.testing.assert_array_equal(velocity(cfg, plain, arrays), without)
+  assert np.max(np.abs(velocity(cfg, params, arrays) - without)) > 1e-2
+  full = dataclasses.replace(cfg, attention="full")
+  np.testing.assert_array_equal(
+    velocity(full, params, arrays), velocity(full, plain, arrays)
+  )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPARSE)
 def test_gradients_through_sparse_attention(name):
-  cfg = dataclasses.replace(IMAGE, tile=(2, 2), **SPARSE[name])
+  cfg = dataclasses.replace(
+    IMAGE,
+    tile=(2, 2),
+    coarse_residual=name == "in_context",
+    **SPARSE[name],
+  )
   params, arrays = random_params(cfg), inputs(cfg)
   total = lambda p: jnp.sum(dit.apply(p, **arrays, cfg=cfg) ** 2)
   for leaf in jax.tree.leaves(jax.jit(jax.grad(total))(params)):
