@@ -131,6 +131,9 @@ INNER = {
   "column_norm": optim.scale_by_column_norm,
 }
 
+# Where a factory takes a `fallback`, the rate of its AdamW can be given.
+FALLBACK_RATE = "fallback_learning_rate"
+
 # Arguments that no flag can spell, or that the config gives in another way.
 _RESERVED = {
   "learning_rate", "weight_decay", "labels", "fallback", "mask", "seed",
@@ -195,11 +198,15 @@ def parse_argument(
   where = f"optimizer.{argument}"
   parameters = inspect.signature(FACTORIES[canonical(name)]).parameters
   known = [p for p in parameters if p not in _RESERVED]
+  if "fallback" in parameters:
+    known.append(FALLBACK_RATE)
   if argument not in known:
     raise errors.UserError(
       f"unknown field {where!r} with optimizer.name={name}; "
       f"{config_lib.nearest(argument, [*known, *others])}"
     )
+  if argument == FALLBACK_RATE:
+    return config_lib.check(value, float, where)
   if argument == "inner":
     if value not in INNER:
       raise errors.UserError(
@@ -274,6 +281,8 @@ def build(
   for key in [k for k in kwargs if k.endswith("_learning_rate")]:
     if kwargs[key] is not None:
       kwargs[key] = schedule(optimizer, kwargs[key], steps, warmup_steps)
+  if FALLBACK_RATE in kwargs:
+    kwargs["fallback"] = kwargs.pop(FALLBACK_RATE)
   if "inner" in kwargs:
     kwargs["inner"] = INNER[kwargs["inner"]]()
   parameters = inspect.signature(FACTORIES[name]).parameters

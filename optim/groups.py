@@ -12,6 +12,10 @@ import optax
 from jaxlib_ext import labels as labels_lib
 from optim import arguments, numerics
 
+# What takes the leaves that a method leaves over: a transformation, or the
+# learning rate of the default one; None is that at the method's own rate.
+Fallback = optax.GradientTransformation | optax.ScalarOrSchedule | None
+
 
 def add_cautious_decay(
   weight_decay: optax.ScalarOrSchedule,
@@ -75,16 +79,32 @@ def descent(
   )
 
 
-def adamw(
+def is_transformation(fallback: Fallback) -> bool:
+  """Whether it is to be used as it is; else `adamw_by_label` serves."""
+  return isinstance(fallback, optax.GradientTransformation)
+
+
+def adamw_by_label(
+  fallback: optax.ScalarOrSchedule | None,
   learning_rate: optax.ScalarOrSchedule,
   weight_decay: optax.ScalarOrSchedule,
-) -> optax.GradientTransformationExtraArgs:
-  """What takes the leaves that a method leaves over, unless told otherwise."""
-  return numerics.in_float32(
-    optax.adamw(
-      learning_rate, b1=0.9, b2=0.95, eps=1e-10, weight_decay=weight_decay
-    )
+) -> dict[str, optax.GradientTransformationExtraArgs]:
+  """AdamW for the leaves left over, "decayed" ones and "vector" ones.
+
+  Args:
+    fallback: their learning rate; None for the method's.
+    learning_rate: the method's.
+    weight_decay: of the decayed ones.
+
+  Raises:
+    ValueError: a negative rate.
+  """
+  rate = learning_rate if fallback is None else fallback
+  arguments.check_at_least("fallback", rate, 0)
+  adamw = lambda decay: numerics.in_float32(
+    optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-10, weight_decay=decay)
   )
+  return {"decayed": adamw(weight_decay), "vector": adamw(0.0)}
 
 
 def of_floats(
@@ -152,7 +172,7 @@ def for_matrices(
   weight_decay: optax.ScalarOrSchedule = 0.0,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
-  fallback: optax.GradientTransformation | None = None,
+  fallback: Fallback = None,
 ) -> optax.GradientTransformationExtraArgs:
   """An optimizer whose "matrix" leaves go through `matrix`.
 
@@ -170,7 +190,7 @@ def for_matrices(
     labels: as for the factories.
     fallback: the transformation for all other leaves, learning rate and sign
       included; default AdamW(b1=0.9, b2=0.95, eps=1e-10) at the same
-      `learning_rate` and `weight_decay`.
+      `learning_rate` and `weight_decay`, or at this rate where it is one.
 
   Returns:
     The transformation; updates are to be added to the parameters.
@@ -182,17 +202,16 @@ def for_matrices(
 
   def group(params):
     tree = labels_lib.resolve(labels, params)
-    if fallback is None:
-      return jax.tree.map(
-        lambda x: x if x in ("matrix", "vector") else "decayed", tree
-      )
-    return jax.tree.map(lambda x: x if x == "matrix" else "fallback", tree)
+    if is_transformation(fallback):
+      return jax.tree.map(lambda x: x if x == "matrix" else "fallback", tree)
+    return jax.tree.map(
+      lambda x: x if x in ("matrix", "vector") else "decayed", tree
+    )
 
   matrices = descent(matrix, learning_rate, weight_decay, cautious=cautious)
   transforms = {"matrix": numerics.in_float32(matrices)}
-  if fallback is not None:
+  if is_transformation(fallback):
     transforms["fallback"] = fallback
   else:
-    transforms["decayed"] = adamw(learning_rate, weight_decay)
-    transforms["vector"] = adamw(learning_rate, 0.0)
+    transforms |= adamw_by_label(fallback, learning_rate, weight_decay)
   return of_floats(optax.partition(transforms, group), method)

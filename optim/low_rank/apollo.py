@@ -172,7 +172,7 @@ def apollo(
   matrix_axes: matrices.Spec = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
-  fallback: optax.GradientTransformation | None = None,
+  fallback: groups.Fallback = None,
 ) -> optax.GradientTransformationExtraArgs:
   """APOLLO for the hidden matrices, another optimizer for everything else.
 
@@ -239,7 +239,7 @@ def apollo_mini(
   matrix_axes: matrices.Spec = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
-  fallback: optax.GradientTransformation | None = None,
+  fallback: groups.Fallback = None,
 ) -> optax.GradientTransformationExtraArgs:
   """APOLLO-Mini: `apollo` at rank 1 with one factor per matrix.
 

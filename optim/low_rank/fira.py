@@ -138,7 +138,7 @@ def fira(
   matrix_axes: matrices.Spec = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
-  fallback: optax.GradientTransformation | None = None,
+  fallback: groups.Fallback = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Fira for the hidden matrices, another optimizer for everything else.
 

@@ -270,7 +270,7 @@ def frugal(
   matrix_axes: matrices.Spec = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
-  fallback: optax.GradientTransformation | None = None,
+  fallback: groups.Fallback = None,
 ) -> optax.GradientTransformationExtraArgs:
   """FRUGAL for the hidden matrices, another optimizer for everything else.
 

@@ -216,7 +216,7 @@ def galore(
   matrix_axes: matrices.Spec = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
-  fallback: optax.GradientTransformation | None = None,
+  fallback: groups.Fallback = None,
 ) -> optax.GradientTransformationExtraArgs:
   """GaLore for the hidden matrices, another optimizer for everything else.
 

@@ -68,7 +68,7 @@ def sinkgd(
   matrix_axes: matrices.Spec = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
-  fallback: optax.GradientTransformation | None = None,
+  fallback: groups.Fallback = None,
 ) -> optax.GradientTransformationExtraArgs:
   """SinkGD for the hidden matrices, another optimizer for everything else.
 

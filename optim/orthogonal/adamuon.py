@@ -146,7 +146,7 @@ def adamuon(
   momentum_dtype: Any = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
-  fallback: optax.GradientTransformation | None = None,
+  fallback: groups.Fallback = None,
 ) -> optax.GradientTransformationExtraArgs:
   """AdaMuon for the hidden matrices, another optimizer for all else.
 

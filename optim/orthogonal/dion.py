@@ -202,7 +202,7 @@ def dion(
   momentum_dtype: Any = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
-  fallback: optax.GradientTransformation | None = None,
+  fallback: groups.Fallback = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Dion for the hidden matrices, another optimizer for everything else.
 

@@ -166,7 +166,7 @@ def dion2(
   momentum_dtype: Any = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
-  fallback: optax.GradientTransformation | None = None,
+  fallback: groups.Fallback = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Dion2 for the hidden matrices, another optimizer for everything else.
 

@@ -127,7 +127,7 @@ def muon(
   momentum_dtype: Any = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
-  fallback: optax.GradientTransformation | None = None,
+  fallback: groups.Fallback = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Muon for the hidden matrices, another optimizer for everything else.
 
@@ -157,7 +157,7 @@ def muon(
     fallback: the transformation for all the others, learning rate and sign
       included; default AdamW(b1=0.9, b2=0.95, eps=1e-10) at the same
       `learning_rate` and `weight_decay`, which are otherwise not used for
-      these leaves.
+      these leaves. A number or schedule is that AdamW's learning rate.
 
   Returns:
     The transformation; updates are to be added to the parameters.

@@ -174,7 +174,7 @@ def normuon(
   momentum_dtype: Any = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
-  fallback: optax.GradientTransformation | None = None,
+  fallback: groups.Fallback = None,
 ) -> optax.GradientTransformationExtraArgs:
   """NorMuon for the hidden matrices, another optimizer for all else.
 

@@ -164,21 +164,18 @@ def _only(tree: Any, roles: Any, wanted: bool) -> Any:
 
 
 def _fallback(
-  given: optax.GradientTransformation | None,
+  given: groups.Fallback,
   learning_rate: optax.ScalarOrSchedule,
   weight_decay: Any,
   roles: Any,
 ) -> optax.GradientTransformationExtraArgs:
-  if given is not None:
+  if groups.is_transformation(given):
     return optax.with_extra_args_support(given)
   kinds = jax.tree.map(
     lambda role: "vector" if role == "vector" else "decayed",
     _only(roles, roles, False),
   )
-  transforms = {
-    "decayed": groups.adamw(learning_rate, weight_decay),
-    "vector": groups.adamw(learning_rate, 0.0),
-  }
+  transforms = groups.adamw_by_label(given, learning_rate, weight_decay)
   return optax.partition(transforms, kinds)
 
 
@@ -246,7 +243,7 @@ def eco(
   rounding: str = "stochastic",
   seed: int = 0,
   labels: labels_lib.Labels = None,
-  fallback: optax.GradientTransformation | None = None,
+  fallback: groups.Fallback = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Momentum SGD, or momentum over `inner`, on quantized matrices.
 
@@ -278,7 +275,8 @@ def eco(
       step, the position of the leaf and that of the element only.
     labels: as for `jaxlib_ext.labels.resolve`.
     fallback: the transformation for all leaves not labelled "matrix", rate
-      and sign included; default AdamW(b1=0.9, b2=0.95, eps=1e-10).
+      and sign included; default AdamW(b1=0.9, b2=0.95, eps=1e-10) at the same
+      rate, or at this rate where it is one.
 
   Returns:
     The transformation, with an `EcoState`.

@@ -320,7 +320,7 @@ def q_galore(
   matrix_axes: matrices.Spec = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
-  fallback: optax.GradientTransformation | None = None,
+  fallback: groups.Fallback = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Q-GaLore for the hidden matrices, another optimizer for everything else.
 

@@ -70,6 +70,24 @@ def test_the_control_scales_the_matrices_of_adamw():
   jax.tree.map(np.testing.assert_array_equal, scaled, plain)
 
 
+def test_what_is_left_over_has_a_rate_of_its_own():
+  def updates(name, *more):
+    more = (*more, "optimizer.weight_decay=0")
+    tx = optimizers.build(config(name, *more).optimizer, 10, 0, 0)
+    return tx.update(PARAMS, tx.init(PARAMS), PARAMS)[0]
+
+  rate = "optimizer.learning_rate=0.01"
+  plain = updates("muon", rate)
+  other = updates("muon", rate, "optimizer.fallback_learning_rate=0.04")
+  other["embed"], other["lm_head"] = other["embed"] / 4, other["lm_head"] / 4
+  other["layers"]["norm"] = other["layers"]["norm"] / 4
+  jax.tree.map(np.testing.assert_array_equal, other, plain)
+  with pytest.raises(errors.UserError, match="fallback_learning_rate"):
+    config("scale", "optimizer.fallback_learning_rate=0.1")
+  with pytest.raises(errors.UserError, match="fallback_learning_rate"):
+    config("muon", "optimizer.fallback_learning_rate=fast")
+
+
 def test_formats():
   assert config("eco").quantization.format == "int4:32"
   assert config("q_galore").quantization.format == "int8:256"

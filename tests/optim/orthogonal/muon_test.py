@@ -345,6 +345,20 @@ class LabelsTest(parameterized.TestCase):
     ]:
       np.testing.assert_allclose(pick(got), pick(want), rtol=1e-5)
 
+  def test_a_rate_is_that_of_the_default_fallback(self):
+    params = self.tree()
+    grads = [jax.tree.map(lambda x, i=i: x * i + 1, params) for i in (1, 2, 3)]
+    one, _ = run(optim.muon(0.1, weight_decay=0.2), params, grads)
+    other, _ = run(optim.muon(0.3, weight_decay=0.2), params, grads)
+    schedule = optax.constant_schedule(0.3)
+    got, _ = run(
+      optim.muon(0.1, weight_decay=0.2, fallback=schedule), params, grads
+    )
+    other["layers"]["up"] = one["layers"]["up"]
+    jax.tree.map(np.testing.assert_array_equal, got, other)
+    with self.assertRaisesRegex(ValueError, "fallback must be at least 0"):
+      optim.muon(0.1, fallback=-0.1)
+
   def test_own_fallback_takes_all_others(self):
     params = self.tree()
     got, _ = run(optim.muon(0.1, fallback=optax.sgd(1.0)), params, [params])
