@@ -197,12 +197,14 @@ def _measure(options: Options, name: str, seed: int, run: loop.Run):
     return known
   _, state = stored.state(run.workdir, run.trainer.target, "--workdir")
   loss = by_position(run, state.params, options.examples)
+  training = config_lib.to_dict(run.config.training)
+  del training["init_from"]  # A path of this machine.
   record = {
     **job,
     "loss": round(float(loss.mean()), 5),
     "by_position": {str(k): v for k, v in _buckets(loss).items()},
     "cache_bytes": decode.cache_bytes(cfg, options.long),
-    "training": config_lib.to_dict(run.config.training),
+    "training": training,
     "optimizer": config_lib.to_dict(run.config.optimizer),
     **records.provenance(),
   }
