@@ -59,26 +59,22 @@ def test_the_defaults_make_an_optimizer(name):
   assert shapes(updates) == shapes(PARAMS)
 
 
-def test_the_control_scales_the_matrices_of_adamw():
-  def updates(name):
-    more = "optimizer.learning_rate=0.01", "optimizer.weight_decay=0"
-    tx = optimizers.build(config(name, *more).optimizer, 10, 0, 0)
-    return tx.update(PARAMS, tx.init(PARAMS), PARAMS)[0]
+def first_updates(name, *more):
+  """At a rate of 0.01 without decay, for gradients that are the parameters."""
+  more += "optimizer.learning_rate=0.01", "optimizer.weight_decay=0"
+  tx = optimizers.build(config(name, *more).optimizer, 10, 0, 0)
+  return tx.update(PARAMS, tx.init(PARAMS), PARAMS)[0]
 
-  plain, scaled = updates("adamw"), updates("scaled_adamw")
+
+def test_the_control_scales_the_matrices_of_adamw():
+  plain, scaled = first_updates("adamw"), first_updates("scaled_adamw")
   scaled["layers"]["up"] = 4 * scaled["layers"]["up"]
   jax.tree.map(np.testing.assert_array_equal, scaled, plain)
 
 
 def test_what_is_left_over_has_a_rate_of_its_own():
-  def updates(name, *more):
-    more = (*more, "optimizer.weight_decay=0")
-    tx = optimizers.build(config(name, *more).optimizer, 10, 0, 0)
-    return tx.update(PARAMS, tx.init(PARAMS), PARAMS)[0]
-
-  rate = "optimizer.learning_rate=0.01"
-  plain = updates("muon", rate)
-  other = updates("muon", rate, "optimizer.fallback_learning_rate=0.04")
+  plain = first_updates("muon")
+  other = first_updates("muon", "optimizer.fallback_learning_rate=0.04")
   other["embed"], other["lm_head"] = other["embed"] / 4, other["lm_head"] / 4
   other["layers"]["norm"] = other["layers"]["norm"] / 4
   jax.tree.map(np.testing.assert_array_equal, other, plain)

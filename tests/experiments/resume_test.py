@@ -10,8 +10,8 @@ from jaxlib_ext import records
 from tests.experiments import runs
 
 # Muon's state holds what the others' do: AdamW's under it, momentum. ECO draws
-# random bits at every step. Each with the steps at which it is killed: before
-# the first checkpoint, after it, after the second.
+# random bits at every step. With the steps at which they are killed: before the
+# first checkpoint (step 4), after it, after the second.
 OPTIMIZERS = {
   "muon": ((), (9,)),
   "eco": (("quantization.format=int4:32",), (2, 6, 9)),
