@@ -299,13 +299,10 @@ def build(
   return tx
 
 
-def _decayed(params: Any) -> Any:
-  return jax.tree.map(
-    lambda label: label != "vector", labels.resolve(None, params)
-  )
+def _labelled(test: Callable[[str], bool]) -> Callable[[Any], Any]:
+  """A mask of the leaves whose label passes."""
+  return lambda params: jax.tree.map(test, labels.resolve(None, params))
 
 
-def _matrices(params: Any) -> Any:
-  return jax.tree.map(
-    lambda label: label == "matrix", labels.resolve(None, params)
-  )
+_decayed = _labelled(lambda label: label != "vector")
+_matrices = _labelled(lambda label: label == "matrix")
