@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 import types
 
-import jax
 import pytest
 
 from experiments import bench_decode, errors
@@ -19,15 +18,7 @@ TINY = transformer.Config(
 
 
 @pytest.fixture
-def quick():
-  """Compiles faster and runs slower: compiling is what takes the time."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
-def flags(monkeypatch, tmp_path, quick):
+def flags(monkeypatch, tmp_path):
   """What main reads, small."""
   values = types.SimpleNamespace(
     mixers=["linear", "full"],

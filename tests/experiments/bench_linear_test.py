@@ -199,15 +199,7 @@ def test_judge_takes_ratios_round_by_round():
 
 
 @pytest.fixture
-def quick():
-  """Compiles faster and runs slower: compiling is what takes the time."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
-def flags(monkeypatch, tmp_path, quick):
+def flags(monkeypatch, tmp_path):
   """What main reads, small."""
   monkeypatch.setitem(cases.SHAPES, "tiny", TINY)
   values = types.SimpleNamespace(
@@ -244,7 +236,7 @@ def test_main_checks_times_and_records(flags, capsys):
     assert record["of_floor"][mode]["xla/16"] > 0
 
 
-def test_gradients_are_compared_where_the_scan_has_them(quick, monkeypatch):
+def test_gradients_are_compared_where_the_scan_has_them(monkeypatch):
   # 1024 bytes a token: half of TINY's 40 tokens.
   monkeypatch.setattr(cases, "_SCAN_BYTES", 20 * 1024)
   record = bench_linear.measure("linear", TINY, ["xla/16"], rounds=1)
@@ -291,7 +283,7 @@ def test_mistakes_end_in_one_line():
   assert process.stderr.count("\n") == 1
 
 
-def test_peer_gets_its_own_names(monkeypatch, tmp_path, quick):
+def test_peer_gets_its_own_names(monkeypatch, tmp_path):
   """A stand-in for `jla` that computes by our reference."""
   given = {}
 

@@ -5,7 +5,6 @@ import functools
 import json
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -165,14 +164,6 @@ def test_text_compares_muon_with_the_others():
   assert "end, against adamw: accuracy +2.8, accuracy kept +0.0" in lines[-1]
 
 
-@pytest.fixture
-def quick():
-  """Compilation is most of the time here: done in a hurry."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def options(tmp_path, **kwargs):
   text = tmp_path / "text.txt"
   if not text.exists():
@@ -226,9 +217,7 @@ class Bar:
 
 
 @pytest.mark.slow
-def test_study_of_digits_is_whole_and_resumes(
-  quick, tmp_path, capsys, monkeypatch
-):
+def test_study_of_digits_is_whole_and_resumes(tmp_path, capsys, monkeypatch):
   bars = []
   monkeypatch.setattr(
     muon_robustness.reports,
@@ -275,7 +264,7 @@ def test_study_of_digits_is_whole_and_resumes(
 
 
 @pytest.mark.slow
-def test_study_of_text(quick, tmp_path):
+def test_study_of_text(tmp_path):
   chosen = options(
     tmp_path, models=("lm",), optimizers=("sgd",), other_text="python"
   )
@@ -291,7 +280,7 @@ def test_study_of_text(quick, tmp_path):
   assert m["transfer"]["before"] == pytest.approx(m["clean"], rel=1e-6)
 
 
-def test_scores_count_padding_and_weights_for_nothing(quick):
+def test_scores_count_padding_and_weights_for_nothing():
   """Batches of 100 of 130 examples, against a sum over all at once."""
   apply = lambda p, x: (x[:, :, None] * p, [])
   scorer = learner.Scorer(tasks.Model(3, None, apply))

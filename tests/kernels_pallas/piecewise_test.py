@@ -1,13 +1,12 @@
 """PISA and ISA against slow NumPy written from their descriptions."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import kernels_pallas
+from tests.common import jitted
 from tests.kernels_pallas import sparse_cases as cases
 
 B, H, K, SIZE = 2, 2, 8, 8
@@ -22,10 +21,6 @@ def x64():
 def arrays(t, seed=0):
   rng = np.random.default_rng(seed)
   return tuple(jnp.asarray(rng.normal(size=(B, t, H, K))) for _ in range(3))
-
-
-def jitted(f, **options):
-  return jax.jit(functools.partial(f, **options))
 
 
 def softmax(x):

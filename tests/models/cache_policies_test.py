@@ -11,8 +11,8 @@ from absl.testing import absltest, parameterized
 
 from models import attention, block, cache_policies, decode, layers, transformer
 from models.cache_policies import rolling
+from tests.common import assert_close, jitted
 
-EPS = 2.0**-24
 CFG = transformer.Config(
   vocab_size=29,
   d_model=16,
@@ -27,19 +27,6 @@ CFG = transformer.Config(
 )
 B, T, H, G, K = 2, 13, 4, 2, 4
 WIDTH = G * K
-
-
-def jitted(f, **kwargs):
-  return jax.jit(functools.partial(f, **kwargs))
-
-
-def assert_close(got, want, units=64):
-  """Within `units` roundings of the largest, for a chain of about as many."""
-  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-  assert got.shape == want.shape, (got.shape, want.shape)
-  np.testing.assert_allclose(
-    got, want, rtol=0, atol=units * EPS * np.max(np.abs(want))
-  )
 
 
 @functools.cache

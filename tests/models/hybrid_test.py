@@ -16,10 +16,10 @@ from absl.testing import absltest, parameterized
 from jaxlib_ext import config as config_lib
 from jaxlib_ext import labels, sharding, specs
 from models import config, convert, decode, sampling, transformer
+from tests.common import assert_close
 
 pytestmark = pytest.mark.slow
 
-EPS = 2.0**-24
 LINEAR = config.LINEAR
 # Two whole periods and one layer more.
 CFG = transformer.Config(
@@ -42,15 +42,6 @@ def setup(cfg, *, length=11, batch=2):
     jax.random.key(1), (batch, length), 0, cfg.vocab_size
   )
   return params, tokens
-
-
-def assert_close(got, want, units):
-  """Within `units` roundings of the largest, for a chain of about as many."""
-  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-  assert got.shape == want.shape, (got.shape, want.shape)
-  np.testing.assert_allclose(
-    got, want, rtol=0, atol=units * EPS * np.max(np.abs(want))
-  )
 
 
 def apply(cfg, **kwargs):

@@ -11,6 +11,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from models import attention, transformer
+from tests.common import jitted
 
 CFG = transformer.Config(
   vocab_size=13,
@@ -21,10 +22,6 @@ CFG = transformer.Config(
   d_ff=8,
   init_std=1.0,
 )
-
-
-def jitted(f, **kwargs):
-  return jax.jit(functools.partial(f, **kwargs))
 
 
 def explicit(qkv, cfg, segments=None):

@@ -14,6 +14,7 @@ from absl.testing import absltest, parameterized
 import kernels_pallas
 from jaxlib_ext import quantization, specs
 from models import config, gates, layers, mixers, transformer
+from tests.common import assert_close
 from tests.models import linear_reference
 
 pytestmark = pytest.mark.slow
@@ -56,14 +57,6 @@ def segments(length=70):
 def run(mixer, cfg=CFG):
   return jax.jit(
     lambda y, p, **kwargs: mixers.apply(mixer, y, p, cfg, **kwargs)
-  )
-
-
-def assert_close(got, want, units, eps=EPS):
-  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-  assert got.shape == want.shape, (got.shape, want.shape)
-  np.testing.assert_allclose(
-    got, want, rtol=0, atol=units * eps * np.max(np.abs(want))
   )
 
 

@@ -15,10 +15,10 @@ from absl.testing import absltest, parameterized
 
 from jaxlib_ext import config as config_lib
 from models import attention, block, decode, layers, transformer
+from tests.common import assert_close, jitted
 
 pytestmark = pytest.mark.slow
 
-EPS = 2.0**-24
 CFG = transformer.Config(
   vocab_size=29,
   d_model=16,
@@ -39,19 +39,6 @@ def setup(cfg=CFG):
   params = jitted(transformer.init, cfg=cfg)(jax.random.key(0))
   tokens = jax.random.randint(jax.random.key(1), (2, LENGTH), 0, cfg.vocab_size)
   return params, tokens
-
-
-def jitted(f, **kwargs):
-  return jax.jit(functools.partial(f, **kwargs))
-
-
-def assert_close(got, want, units=64):
-  """Within `units` roundings of the largest, for a chain of about as many."""
-  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-  assert got.shape == want.shape, (got.shape, want.shape)
-  np.testing.assert_allclose(
-    got, want, rtol=0, atol=units * EPS * np.max(np.abs(want))
-  )
 
 
 def by_definition(q, k, v, *, cfg, position, segment_ids=None):

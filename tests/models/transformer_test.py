@@ -12,6 +12,7 @@ from absl.testing import absltest, parameterized
 
 from jaxlib_ext import labels, quantization, specs
 from models import transformer
+from tests.common import assert_close
 from tests.models import reference
 
 SMALL = transformer.Config(
@@ -39,20 +40,6 @@ def setup(cfg, *, length=11, batch=2):
     )
   tokens = jax.random.randint(next(keys), (batch, length), 0, cfg.vocab_size)
   return params, tokens
-
-
-def assert_close(got, want, units, eps=2.0**-24):
-  """Within `units` roundings of the largest magnitude.
-
-  A forward pass of these sizes is a chain of about 40 roundings (layers,
-  products, norms) whose errors add like a random walk at best and linearly
-  at worst; `units` is of that order.
-  """
-  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-  assert got.shape == want.shape, (got.shape, want.shape)
-  assert np.all(np.isfinite(got))
-  bound = units * eps * np.max(np.abs(want))
-  np.testing.assert_allclose(got, want, rtol=0, atol=bound)
 
 
 def grads(cfg, params, tokens, **kwargs):

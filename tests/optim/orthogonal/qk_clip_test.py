@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from absl.testing import absltest, parameterized
 
 import optim
 from models import transformer
+from tests.common import jitted
 
 CFG = transformer.Config(
   vocab_size=13,
@@ -22,10 +22,6 @@ CFG = transformer.Config(
   d_ff=8,
   init_std=1.0,
 )
-
-
-def jitted(f, **kwargs):
-  return jax.jit(functools.partial(f, **kwargs))
 
 
 def weights(layers=3, d=5, heads=4, groups=2, size=3, dtype=jnp.float32):
