@@ -3,13 +3,14 @@
   python -m experiments.compare_optimizers --config=optimizers --workdir=DIR
 
 For each optimizer the learning rate is searched by factors of two from its
-default until the best one has a worse neighbour on both sides, then the weight
-decay likewise, in turns until neither moves (seed 0); the best point is then
-run with further seeds. All runs see the same data and end at the end of the
-same schedule. Every finished run is a line of --record, and a run that stands
-there is not run again; one that was stopped continues in its directory below
---workdir. At the end, or with --plot_only at any time, there are a table and,
-beside the record, a picture of loss against bytes as PNG and SVG.
+default until the best one has a worse neighbour on both sides, then likewise
+the weight decay and, of an optimizer that leaves embeddings, head and norms to
+AdamW, their learning rate, in turns until none moves (seed 0); the best point
+is then run with further seeds. All runs see the same data and end at the end of
+the same schedule. Every finished run is a line of --record, and a run that
+stands there is not run again; one that was stopped continues in its directory
+below --workdir. At the end, or with --plot_only at any time, there are a table
+and, beside the record, a picture of loss against bytes as PNG and SVG.
 
 Runs are processes of their own, on this machine's devices: a mesh of several
 is --set=mesh.fsdp=4, as for `experiments.pretrain`.
@@ -17,15 +18,17 @@ is --set=mesh.fsdp=4, as for `experiments.pretrain`.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import pathlib
 import signal
 import sys
+from collections.abc import Mapping
 
 from absl import flags
 
-from experiments import errors
+from experiments import errors, optimizers
 from experiments.comparison import entrants as entrants_lib
 from experiments.comparison import picture, runner, search, standings
 from jaxlib_ext import records
@@ -39,7 +42,7 @@ class Options:
     comparison: the job of all runs.
     entrants: the reference first.
     seeds: runs at the best point.
-    decay_budget: as for `experiments.comparison.search.coordinates`.
+    budgets: as for `experiments.comparison.search.coordinates`.
     jobs: runs at a time.
     workdir: holds one directory for each run.
     record: JSON Lines file; the picture lies beside it.
@@ -48,7 +51,7 @@ class Options:
   comparison: runner.Comparison
   entrants: tuple[entrants_lib.Entrant, ...]
   seeds: int
-  decay_budget: int
+  budgets: Mapping[str, int]
   jobs: int
   workdir: pathlib.Path
   record: pathlib.Path
@@ -59,8 +62,19 @@ class Options:
         "--optimizer: expected different ones, got "
         f"{[e.label for e in self.entrants]}"
       )
-    for e in self.entrants:
-      self.comparison.start(e)
+    jobs = collections.Counter(map(self.comparison.job, self.entrants))
+    if max(jobs.values()) > 1:
+      raise errors.UserError(
+        "--optimizer: expected different jobs, got several that differ in what "
+        f"is searched only: {[e.label for e in self.entrants]}"
+      )
+
+  def budgets_of(self, entrant: entrants_lib.Entrant) -> dict[str, int]:
+    """Those of the coordinates that the entrant has."""
+    out = dict(self.budgets)
+    if not optimizers.has_fallback(entrant.name):
+      out.pop(optimizers.FALLBACK_RATE, None)
+    return out
 
 
 def run(options: Options) -> dict[str, str]:
@@ -69,8 +83,9 @@ def run(options: Options) -> dict[str, str]:
   Returns:
     Of the entrants that could not be run to the end, what went wrong.
   """
-  looked_at = 2 if options.decay_budget >= 2 else 0
-  each = 3 + looked_at + options.seeds - 1
+  searched = lambda e: 1 + sum(b > 1 for b in options.budgets_of(e).values())
+  # Both neighbours of every coordinate.
+  expected = {e: 2 * searched(e) + options.seeds for e in options.entrants}
   for directory in (options.workdir, options.record.parent):
     directory.mkdir(parents=True, exist_ok=True)
   if options.record.exists() and not options.record.read_text().endswith("\n"):
@@ -80,14 +95,14 @@ def run(options: Options) -> dict[str, str]:
     options.workdir,
     options.record,
     options.jobs,
-    dict.fromkeys(options.entrants, each),
+    expected,
   )
 
   def compete(entrant):
     point = search.coordinates(
       lambda points: runs.losses(entrant, points),
       options.comparison.start(entrant),
-      options.decay_budget,
+      options.budgets_of(entrant),
     )
     seeds = range(1, options.seeds)
     for future in [runs.submit(entrant, point, seed) for seed in seeds]:
@@ -144,7 +159,10 @@ def main() -> None:
     comparison=runner.Comparison(values.config, values["set"].value),
     entrants=tuple(map(entrants_lib.Entrant.parse, values.optimizer)),
     seeds=values.seeds,
-    decay_budget=values.weight_decay_search,
+    budgets={
+      optimizers.FALLBACK_RATE: values.fallback_rate_search,
+      "weight_decay": values.weight_decay_search,
+    },
     jobs=values.jobs,
     workdir=workdir,
     record=pathlib.Path(values.record or workdir / "record.jsonl"),
@@ -178,6 +196,13 @@ def _define_flags() -> None:
     6,
     "The most runs of an optimizer that look for a better weight decay; 0 "
     "keeps its default.",
+    lower_bound=0,
+  )
+  flags.DEFINE_integer(
+    "fallback_rate_search",
+    6,
+    "The most runs of an optimizer that look for a learning rate for what it "
+    "leaves to AdamW; 0 keeps the optimizer's own, or --optimizer's.",
     lower_bound=0,
   )
   flags.DEFINE_string("workdir", None, "Where the runs live.")

@@ -181,6 +181,11 @@ def needs_loss(name: str) -> bool:
   return canonical(name) in ZEROTH_ORDER
 
 
+def has_fallback(name: str) -> bool:
+  """Whether it leaves some parameters to AdamW, at `FALLBACK_RATE`."""
+  return "fallback" in inspect.signature(FACTORIES[canonical(name)]).parameters
+
+
 def parse_argument(
   name: str, argument: str, value: str, others: Sequence[str]
 ) -> Any:
@@ -198,7 +203,7 @@ def parse_argument(
   where = f"optimizer.{argument}"
   parameters = inspect.signature(FACTORIES[canonical(name)]).parameters
   known = [p for p in parameters if p not in _RESERVED]
-  if "fallback" in parameters:
+  if has_fallback(name):
     known.append(FALLBACK_RATE)
   if argument not in known:
     raise errors.UserError(

@@ -19,7 +19,7 @@ from typing import Any
 
 import tqdm
 
-from experiments import configs, errors
+from experiments import configs, errors, optimizers
 from experiments.comparison import entrants, search
 from jaxlib_ext import config as config_lib
 from jaxlib_ext import records
@@ -59,13 +59,17 @@ class Comparison:
     if point:
       out.append(f"optimizer.learning_rate={point.learning_rate!r}")
       out.append(f"optimizer.weight_decay={point.weight_decay!r}")
+      path = f"optimizer.{optimizers.FALLBACK_RATE}="
+      # Silence is the learning rate, but not after an override of it.
+      if point.fallback_learning_rate or any(o.startswith(path) for o in out):
+        out.append(f"{path}{point.value(optimizers.FALLBACK_RATE)!r}")
     return [*out, f"training.seed={seed}"]
 
   def start(self, entrant: entrants.Entrant) -> search.Point:
     """Where the entrant's search begins."""
     config = configs.resolve(self.name, self.overrides(entrant))
-    return search.Point(
-      config.optimizer.learning_rate, config.optimizer.weight_decay
+    return search.Point.of(
+      {"config": config_lib.to_dict(config), **vars(config.optimizer)}
     )
 
   def job(self, entrant: entrants.Entrant) -> str:
@@ -86,6 +90,7 @@ def _common(config: configs.Config, python: str | None) -> str:
   """A config without what is searched for and what changes no numbers."""
   plain = config_lib.to_dict(config)
   plain["optimizer"] |= {"learning_rate": None, "weight_decay": None}
+  plain["optimizer"]["arguments"].pop(optimizers.FALLBACK_RATE, None)
   plain["training"] |= {"seed": None}
   for path in configs.RESUMABLE:
     group, _, field = path.partition(".")
@@ -119,7 +124,9 @@ class Runner:
     self._record, self._lock = record, threading.Lock()
     self._expected = collections.Counter(expected)
     self._known = {
-      (comparison.recorded(r), *_setting(r)): r for r in records.read(record)
+      (job, search.Point.of(r), r["seed"]): r
+      for r in records.read(record)
+      if (job := comparison.recorded(r))
     }
     self._processes: set[subprocess.Popen] = set()
     self._closed = False
@@ -137,8 +144,7 @@ class Runner:
     config = configs.resolve(
       self._comparison.name, self._comparison.overrides(entrant, point, seed)
     )
-    setting = (point.learning_rate, point.weight_decay, seed)
-    known = self._known.get((self._comparison.job(entrant), *setting))
+    known = self._known.get((self._comparison.job(entrant), point, seed))
     with self._lock:
       planned = self._expected[entrant] > 0
       self._expected[entrant] -= planned
@@ -159,8 +165,8 @@ class Runner:
 
   def _run(self, entrant, point, seed, config) -> dict[str, Any]:
     overrides = self._comparison.overrides(entrant, point, seed)
-    name = f"{entrant.label} {point.learning_rate:g} {point.weight_decay:g}"
-    name = f"{name} {seed}".replace(" ", "_")
+    values = [f"{value:g}" for value in point if value is not None]
+    name = "_".join([*entrant.label.split(), *values, str(seed)])
     directory = self._workdir / name.replace("/", "_").replace(":", "-")
     if not _is_finished(directory, config):
       self._execute(directory, overrides)
@@ -238,14 +244,6 @@ def _is_finished(directory: pathlib.Path, config: configs.Config) -> bool:
       f"({'; '.join(changed)}); choose another --workdir"
     )
   return True
-
-
-def _setting(record: Mapping[str, Any]) -> tuple[float, float, int]:
-  return (
-    record["learning_rate"],
-    record.get("weight_decay"),
-    record["seed"],
-  )
 
 
 def _shares(jobs: int) -> queue.SimpleQueue:

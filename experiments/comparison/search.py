@@ -4,18 +4,48 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from experiments.optimizers import FALLBACK_RATE
 
 # No grid is longer: a job that has no best value would be tried for ever.
 _LONGEST = 12
 
 
 class Point(NamedTuple):
-  """What is searched for."""
+  """What is searched for.
+
+  Attributes:
+    learning_rate: the optimizer's.
+    weight_decay: likewise.
+    fallback_learning_rate: of what the optimizer leaves to AdamW, where it is
+      not the learning rate.
+  """
 
   learning_rate: float
   weight_decay: float
+  fallback_learning_rate: float | None = None
+
+  @classmethod
+  def of(cls, record: Mapping[str, Any]) -> Point:
+    """That of a run."""
+    arguments = record["config"]["optimizer"].get("arguments", {})
+    point = cls(record["learning_rate"], record["weight_decay"])
+    rate = arguments.get(FALLBACK_RATE, point.learning_rate)
+    return point.moved(FALLBACK_RATE, rate)
+
+  def value(self, field: str) -> float:
+    """A coordinate; the learning rate where the fallback has none."""
+    value = getattr(self, field)
+    return self.learning_rate if value is None else value
+
+  def moved(self, field: str, value: float) -> Point:
+    """With another value of one coordinate."""
+    point = self._replace(**{field: value})
+    if point.fallback_learning_rate == point.learning_rate:
+      return point._replace(fallback_learning_rate=None)
+    return point
 
 
 def along(
@@ -50,44 +80,44 @@ def along(
 def coordinates(
   losses_of: Callable[[Sequence[Point]], Sequence[float]],
   start: Point,
-  decay_budget: int,
+  budgets: Mapping[str, int],
 ) -> Point:
-  """Learning rate and weight decay in turns, until neither moves.
+  """The learning rate and other coordinates in turns, until none moves.
 
   Args:
     losses_of: the losses of several points; a point is asked for once.
-    start: the first point. A decay of 0 has no neighbours and stays.
-    decay_budget: the most points that may be tried for the weight decay
-      alone; 0 leaves it as it is.
+    start: the first point. A coordinate of 0 has no neighbours and stays.
+    budgets: the other coordinates, in this order, and the most values that
+      may be tried for each; 0 leaves it as it is.
 
   Returns:
-    The best point. Its learning rate has a worse neighbour on both sides at
-    that decay; so has its decay at that rate, unless the budget ended.
+    The best point. Its learning rate has a worse neighbour on both sides, the
+    others being equal; so has each other coordinate, unless its budget ended.
   """
   known: dict[Point, float] = {}
+  left = {"learning_rate": None, **budgets}
 
-  def ask(points):
+  def ask(point, field, values):
+    points = [point.moved(field, value) for value in values]
     new = [p for p in points if p not in known]
     known.update(zip(new, losses_of(new), strict=True))
     return [known[p] for p in points]
 
-  def at_decay(decay, rates):
-    return ask([Point(rate, decay) for rate in rates])
-
-  def at_rate(rate, decays):
-    return ask([Point(rate, decay) for decay in decays])
-
-  point, left = start, decay_budget
+  point = start
   while True:
-    rate, _ = along(
-      functools.partial(at_decay, point.weight_decay), point.learning_rate
-    )
-    point = point._replace(learning_rate=rate)
-    if not point.weight_decay or not math.isfinite(known[point]):
+    before = point
+    for field, budget in left.items():
+      if not point.value(field):
+        continue
+      best, spent = along(
+        functools.partial(ask, point, field),
+        point.value(field),
+        _LONGEST if budget is None else budget,
+      )
+      point = point.moved(field, best)
+      if not math.isfinite(known[point]):
+        return point
+      if budget is not None:
+        left[field] -= spent
+    if point == before:
       return point
-    decay, spent = along(
-      functools.partial(at_rate, rate), point.weight_decay, left
-    )
-    if decay == point.weight_decay:
-      return point
-    point, left = point._replace(weight_decay=decay), left - spent

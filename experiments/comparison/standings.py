@@ -11,6 +11,7 @@ from typing import Any
 
 from scipy import stats
 
+from experiments import optimizers
 from experiments.comparison import search
 
 # One-sided, as in the speed-runs whose rule this is.
@@ -25,8 +26,8 @@ class Standing:
     label: the entrant's.
     point: the best one.
     runs: its records, in the order of their seeds.
-    edges: of "learning_rate" and "weight_decay", those whose neighbours at
-      this point have not both been tried.
+    edges: of the point's fields, those whose neighbours at this point have
+      not both been tried; the fallback's only where it has been searched.
   """
 
   label: str
@@ -78,25 +79,24 @@ def stand(
   """
   points = collections.defaultdict(dict)
   for r in records:
-    points[_point(r)][r["seed"]] = r
+    points[search.Point.of(r)][r["seed"]] = r
   if not points:
     return None
   enough = min(seeds, max(map(len, points.values())))
   whole = {p: runs for p, runs in points.items() if len(runs) >= enough}
   losses = lambda runs: [r["final_eval_loss"] for r in runs.values()]
   best = min(whole, key=lambda p: statistics.fmean(losses(whole[p])))
+  fields = list(search.Point._fields)
+  if all(p.fallback_learning_rate is None for p in points):
+    fields.remove(optimizers.FALLBACK_RATE)
   edges = {
     field
-    for field in search.Point._fields
+    for field in fields
     for factor in (0.5, 2)
-    if best._replace(**{field: factor * getattr(best, field)}) not in points
+    if best.moved(field, factor * best.value(field)) not in points
   }
   runs = tuple(run for _, run in sorted(whole[best].items()))
   return Standing(label, best, runs, frozenset(edges))
-
-
-def _point(record: Mapping[str, Any]) -> search.Point:
-  return search.Point(record["learning_rate"], record["weight_decay"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,15 +151,15 @@ def table(standings: Sequence[Standing]) -> str:
   lines = [
     caption(standings, measured),
     "",
-    "| optimizer | learning rate | weight decay | held-out loss (mean ± sd, n)"
-    f" | minus {reference.label} | minus the best | bits per byte | parameters"
-    " + state, bytes |",
-    "|---|---|---|---|---|---|---|---|",
+    "| optimizer | learning rate | weight decay | fallback's rate | held-out "
+    f"loss (mean ± sd, n) | minus {reference.label} | minus the best | bits "
+    "per byte | parameters + state, bytes |",
+    "|---|---|---|---|---|---|---|---|---|",
   ]
   for s in order:
     searched = [
-      f"{getattr(s.point, f):g}{'°' * (f in s.edges)}"
-      for f in search.Point._fields
+      "" if value is None else f"{value:g}{'°' * (field in s.edges)}"
+      for field, value in s.point._asdict().items()
     ]
     if math.isinf(s.mean):
       lines.append(f"| {s.label} | {' | '.join(searched)} | diverged | | | | |")
@@ -192,7 +192,8 @@ def caption(standings: Sequence[Standing], measured: Noise) -> str:
     f"Config {run['name']}: {run['parameters']:,} parameters, "
     f"{run['tokens']:,} training tokens, corpus {run['corpus']['hash']}; "
     "losses in nats per token at the end of the schedule. Learning rate and "
-    "weight decay by seed 0, which is one of the n."
+    "weight decay by seed 0, which is one of the n, as is the rate of what an "
+    "optimizer leaves to AdamW where it is not the learning rate."
   ]
   if measured.freedom:
     lines.append(

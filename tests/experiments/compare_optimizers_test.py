@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import compare_optimizers, configs, errors
+from experiments import compare_optimizers, configs, errors, optimizers
 from experiments.comparison import entrants, picture, runner, search, standings
 from jaxlib_ext import config as config_lib
 from jaxlib_ext import records
@@ -47,7 +47,7 @@ def test_search_without_an_optimum_ends():
   assert len(log) <= 13
   log.clear()
   point = search.coordinates(
-    asked(lambda p: math.inf, log), search.Point(1.0, 0.1), 6
+    asked(lambda p: math.inf, log), search.Point(1.0, 0.1), {"weight_decay": 6}
   )
   assert point.weight_decay == 0.1
 
@@ -56,11 +56,11 @@ def test_search_without_an_optimum_ends():
 def test_both_coordinates(budget):
   # The best rate depends on the decay, as it does of a network.
   def loss(p):
-    rate, decay = np.log2(p)
+    rate, decay = np.log2(p[:2])
     return (rate + decay - 3) ** 2 + 0.1 * (decay - 2) ** 2
 
   log, start = [], search.Point(1.0, 1.0)
-  best = search.coordinates(asked(loss, log), start, budget)
+  best = search.coordinates(asked(loss, log), start, {"weight_decay": budget})
   assert len(set(log)) == len(log)
   step = lambda field, factor: best._replace(
     **{field: factor * getattr(best, field)}
@@ -79,8 +79,34 @@ def test_both_coordinates(budget):
 
 def test_no_decay_stays():
   log = []
-  search.coordinates(asked(sum, log), search.Point(1.0, 0.0), 6)
+  search.coordinates(
+    asked(lambda p: p.learning_rate, log),
+    search.Point(1.0, 0.0),
+    {"weight_decay": 6},
+  )
   assert {p.weight_decay for p in log} == {0.0}
+
+
+@pytest.mark.parametrize("optimum", [0.25, 1.0, 8.0])
+def test_a_rate_for_the_fallback(optimum):
+  # The matrices' best rate is 2, whatever that of the rest is.
+  def loss(p):
+    rate, rest = p.learning_rate, p.value(optimizers.FALLBACK_RATE)
+    return math.log2(rate / 2) ** 2 + 0.3 * math.log2(rest / optimum) ** 2
+
+  log = []
+  best = search.coordinates(
+    asked(loss, log), search.Point(1.0, 0.1), {optimizers.FALLBACK_RATE: 20}
+  )
+  assert best == (2.0, 0.1, optimum)
+  # A rate that is the learning rate is none of its own: never asked for twice.
+  assert len(set(log)) == len(log)
+  assert all(p.fallback_learning_rate != p.learning_rate for p in log)
+  log.clear()
+  best = search.coordinates(
+    asked(loss, log), search.Point(1.0, 0.1), {optimizers.FALLBACK_RATE: 0}
+  )
+  assert {p.fallback_learning_rate for p in log} == {None}
 
 
 def test_entrants():
@@ -91,8 +117,10 @@ def test_entrants():
     entrants.Entrant.parse("muonn")
 
 
-def line(label, rate, decay, seed, loss, size=128.0):
+def line(label, rate, decay, seed, loss, size=128.0, fallback=None):
+  given = {} if fallback is None else {optimizers.FALLBACK_RATE: fallback}
   return {
+    "config": {"optimizer": {"name": label, "arguments": given}},
     "optimizer": label,
     "learning_rate": rate,
     "weight_decay": decay,
@@ -117,12 +145,29 @@ def test_the_best_point_is_among_the_complete_ones():
     line("a", 0.1, 0.2, 0, 9.0),
   ]
   s = standings.stand("a", lines, seeds=2)
-  assert s.point == (0.1, 0.1) and s.losses == [3.0, 5.0]
+  assert s.point == (0.1, 0.1, None) and s.losses == [3.0, 5.0]
   assert s.edges == {"weight_decay"}
-  assert standings.stand("a", lines, seeds=3).point == (0.1, 0.1)
+  assert standings.stand("a", lines, seeds=3).point == (0.1, 0.1, None)
   s = standings.stand("a", lines, seeds=1)
-  assert s.point == (0.2, 0.1) and s.edges == {"learning_rate", "weight_decay"}
+  assert s.point == (0.2, 0.1, None)
+  assert s.edges == {"learning_rate", "weight_decay"}
   assert standings.stand("a", [], seeds=1) is None
+
+
+def test_a_fallbacks_rate_has_edges_where_it_was_searched():
+  lines = [
+    line("a", 0.1, 0.1, 0, 3.0, fallback=0.2),
+    line("a", 0.1, 0.1, 0, 4.0),
+    line("a", 0.1, 0.1, 0, 5.0, fallback=0.4),
+    line("a", 0.1, 0.1, 1, 3.0, fallback=0.2),
+  ]
+  s = standings.stand("a", lines, seeds=1)
+  # Silence is the learning rate: half of 0.2.
+  assert s.point == (0.1, 0.1, 0.2)
+  assert s.edges == {"learning_rate", "weight_decay"}
+  s = standings.stand("a", lines[:2], seeds=1)
+  assert optimizers.FALLBACK_RATE in s.edges
+  assert "| 0.1° | 0.1° | 0.2° | 3.0000 (1) |" in standings.table([s])
 
 
 def three(label, losses, size=128.0):
@@ -159,10 +204,10 @@ def test_table():
   assert "25 parameters, 1,000 training tokens, corpus abc" in caption
   assert "2 degrees of freedom): 0.0707" in caption
   assert rows == [
-    "| b | 0.1° | 0.1° | 1.0500 ± 0.0707 (2) | -2.0000* |  | 2.000 | 128 |",
-    "| a | 0.1° | 0.1° | 3.0500 ± 0.0707 (2) |  | +2.0000* | 2.000 | 128 |",
-    "| d | 0.1° | 0.1° | 9.0000 (1) | +5.9500* | +7.9500* | 2.000 | 128 |",
-    "| c | 0.1° | 0.1° | diverged | | | | |",
+    "| b | 0.1° | 0.1° |  | 1.0500 ± 0.0707 (2) | -2.0000* |  | 2.000 | 128 |",
+    "| a | 0.1° | 0.1° |  | 3.0500 ± 0.0707 (2) |  | +2.0000* | 2.000 | 128 |",
+    "| d | 0.1° | 0.1° |  | 9.0000 (1) | +5.9500* | +7.9500* | 2.000 | 128 |",
+    "| c | 0.1° | 0.1° |  | diverged | | | | |",
   ]
 
 
@@ -201,6 +246,9 @@ def test_which_records_are_of_a_job():
   same = ["data.source=files", "data.path=x"]
   assert recorded(*same, "training.seed=7", "mesh.data=2") == job
   assert recorded(*same, "optimizer.learning_rate=1") == job
+  muon = comparison.job(entrants.Entrant.parse("muon"))
+  other = "optimizer.fallback_learning_rate=1"
+  assert recorded(*same, "optimizer.name=muon", other) == muon
   assert recorded(*same, "training.steps=7") != job
   assert recorded(*same, "optimizer.b1=0.5") != job
   assert comparison.recorded({}) is None
@@ -225,6 +273,10 @@ arguments = [a.split("=", 1) for a in sys.argv[1:]]
 workdir = pathlib.Path(dict(arguments)["--workdir"])
 given = dict(v.split("=", 1) for k, v in arguments if k == "--set")
 rate = math.log2(float(given["optimizer.learning_rate"]) / RATE)
+rest = 2
+if given["optimizer.name"] == "muon":
+  field = "optimizer.fallback_learning_rate"
+  rest = math.log2(float(given.get(field, RATE * 2**rate)) / RATE) - rate
 decay = math.log2(float(given["optimizer.weight_decay"]) / 0.1)
 workdir.mkdir(parents=True)
 (workdir / "checkpoints").mkdir()
@@ -238,7 +290,7 @@ if rate > 1:
   sys.exit("pretrain: the loss is nan at step 7")
 if rate < -2:
   sys.exit("pretrain: the disk is full")
-loss = 2 + (rate + decay - 1) ** 2 + decay**2 / 4
+loss = 2 + (rate + decay - 1) ** 2 + decay**2 / 4 + (rest - 2) ** 2
 summary = {
   "name": "smoke", "parameters": 25, "tokens": 1000, "corpus": corpus,
   "final_eval_loss": loss + 0.01 * int(given["training.seed"]),
@@ -259,7 +311,7 @@ def options(tmp_path, monkeypatch, rate, sleep=False, *names):
     comparison=runner.Comparison("smoke", shared),
     entrants=tuple(map(entrants.Entrant.parse, names or ["adamw"])),
     seeds=3,
-    decay_budget=6,
+    budgets={optimizers.FALLBACK_RATE: 6, "weight_decay": 6},
     jobs=2,
     workdir=tmp_path / "runs",
     record=tmp_path / "all.jsonl",
@@ -271,7 +323,7 @@ def test_a_comparison(tmp_path, monkeypatch):
   assert not compare_optimizers.run(job)
   text = compare_optimizers.report(job)
   # A worse neighbour on all four sides; one of them diverged.
-  assert "| adamw | 0.006 | 0.1 | 2.0100 ± 0.0100 (3) |" in text
+  assert "| adamw | 0.006 | 0.1 |  | 2.0100 ± 0.0100 (3) |" in text
   lines = records.read(job.record)
   points = [(r["learning_rate"], r["weight_decay"], r["seed"]) for r in lines]
   assert len(set(points)) == len(points)
@@ -293,6 +345,24 @@ def test_a_comparison(tmp_path, monkeypatch):
   assert "holds a run of another config" in failed["adamw"]
   for suffix in (".png", ".svg"):
     assert (tmp_path / f"smoke_pareto{suffix}").exists()
+
+
+def test_muons_rest_has_a_rate_of_its_own(tmp_path, monkeypatch):
+  # The stub's optimum is at four times the matrices' rate.
+  job = options(tmp_path, monkeypatch, 0.008, False, "muon")
+  assert not compare_optimizers.run(job)
+  row = "| 0.016 | 0.1 | 0.064 | 2.0100 ± 0.0100 (3) |"
+  assert f"| muon {row}" in compare_optimizers.report(job)
+  # Another start of the search is the same job: no run is made twice, ...
+  name = "muon,optimizer.fallback_learning_rate=0.032"
+  job = options(tmp_path, monkeypatch, 0.008, False, name)
+  assert not compare_optimizers.run(job)
+  assert f"| muon 0.032 {row}" in compare_optimizers.report(job)
+  done = [(search.Point.of(r), r["seed"]) for r in records.read(job.record)]
+  assert len(set(done)) == len(done)
+  # ... and both at once are refused.
+  with pytest.raises(errors.UserError, match="differ in what is searched"):
+    options(tmp_path, monkeypatch, 0.008, False, "muon", name)
 
 
 def test_what_fails_is_said_and_the_others_go_on(tmp_path, monkeypatch):
