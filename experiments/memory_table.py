@@ -112,6 +112,8 @@ def count(config: configs.Config, cfg: transformer.Config) -> dict[str, Any]:
   params = jax.eval_shape(init)
   size = optim.state_bytes(tx, params)
   grads = jax.eval_shape(quantization.dequantize_tree, params)
+  if optimizers.needs_loss(config.optimizer.name):
+    grads = {}  # There are losses instead.
   numbers = [
     x
     for x in jax.tree.leaves(jax.eval_shape(tx.init, params))
@@ -151,10 +153,12 @@ def plan(config: configs.Config, cfg: transformer.Config) -> dict[str, int]:
   planned = run.compiled.memory_analysis()
   training = config.training
   batch = 4 * training.batch_size * (training.seq_len + 1)
-  counter, metrics = 4, 2 * 4
+  counter = 4
+  metrics = jax.tree.leaves(run.compiled.out_info[1])
   # The results are a tuple, which is a table of pointers.
-  pointers = 8 * (len(jax.tree.leaves(run.target)) + 2)
-  results = planned.output_size_in_bytes - counter - metrics - pointers
+  pointers = 8 * (len(jax.tree.leaves(run.target)) + len(metrics))
+  results = planned.output_size_in_bytes - counter - pointers
+  results -= sum(x.size * x.dtype.itemsize for x in metrics)
   arguments = planned.argument_size_in_bytes - counter - batch
   # An argument that is not read is dropped: ECO keeps a scalar for exports.
   unread = total - arguments

@@ -69,7 +69,7 @@ def test_a_row_is_written_once(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "name", ["adamw", "column_normalized_sgd", "galore", "eco int4:32"]
+  "name", ["adamw", "column_normalized_sgd", "galore", "eco int4:32", "mezo"]
 )
 def test_compiled_bytes_are_the_counted_bytes(name):
   config = memory_table.resolve(ROWS[name], "", batch_size=2, length=16)
@@ -79,8 +79,9 @@ def test_compiled_bytes_are_the_counted_bytes(name):
   size = memory_table.count(config, cfg)
   step = memory_table.plan(config, cfg)
   assert step["results"] == size["total"] == size["weights"] + size["state"]
-  # Parameters and state are donated, gradients live beside them.
+  # Parameters and state are donated, gradients live beside them, if any.
   assert step["peak"] >= size["total"] + size["gradients"]
+  assert (size["gradients"] == 0) == (name == "mezo")
   if name == "adamw":  # two float32 moments and counters
     assert 2 * size["weights"] <= size["state"] < 2 * size["weights"] + 64
   if name == "eco int4:32":
