@@ -91,6 +91,7 @@ def test_corpora(tmp_path, kind):
   assert "\n" not in str(e.value)
 
 
+@pytest.mark.slow
 def test_another_configs_workdir_is_left_alone(tmp_path, corpus):
   runs.run(tmp_path / "run", runs.settings(corpus))
   files = [p for p in (tmp_path / "run").rglob("*") if p.is_file()]
@@ -100,6 +101,7 @@ def test_another_configs_workdir_is_left_alone(tmp_path, corpus):
   assert {p: p.read_bytes() for p in files} == before
 
 
+@pytest.mark.slow
 def test_a_changed_corpus_is_refused(tmp_path, corpus):
   runs.run(tmp_path / "run", runs.settings(corpus))
   (corpus / "00.txt").write_text("other words " * 400)

@@ -95,6 +95,7 @@ def _textbook(op, invert, states, q, k, v, log_decay, **gates):
 
 
 @pytest.mark.parametrize("op", ["mdn", "gdn", "linear"])
+@pytest.mark.slow
 def test_forward_floor_is_the_count_of_the_published_form(op):
   size = 16
   shape = cases.Shape(1, size, 1, 6, 10)
@@ -236,6 +237,7 @@ def test_main_checks_times_and_records(flags, capsys):
     assert record["of_floor"][mode]["xla/16"] > 0
 
 
+@pytest.mark.slow
 def test_gradients_are_compared_where_the_scan_has_them(monkeypatch):
   # 1024 bytes a token: half of TINY's 40 tokens.
   monkeypatch.setattr(cases, "_SCAN_BYTES", 20 * 1024)

@@ -27,6 +27,7 @@ print(min(seen[4:]))  # the heap settles in the first calls
 @pytest.mark.skipif(
   platform.libc_ver()[0] != "glibc", reason="settings of glibc's malloc"
 )
+@pytest.mark.slow
 def test_kept_memory_is_not_faulted_in_again():
   def faults(mode):
     done = subprocess.run(

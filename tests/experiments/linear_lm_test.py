@@ -101,6 +101,7 @@ def test_state_bytes():
   assert sizes == {"gdn": tails + memory, "mdn": tails + 2 * memory}
 
 
+@pytest.mark.slow
 def test_evaluation_against_a_loop(learner):
   model, source = learner
   params = transformer.init(jax.random.key(0), model.cfg)
@@ -122,6 +123,7 @@ def test_evaluation_against_a_loop(learner):
   assert list(got["accuracy"]) == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_a_run_is_exact_and_its_curve_whole(learner):
   model, source = learner
   bar = Bar()
@@ -195,6 +197,7 @@ def options(path, **changes):
   )
 
 
+@pytest.mark.slow
 def test_the_comparison_resumes(tmp_path, small, monkeypatch, capsys):
   monkeypatch.setitem(task_lib.TASKS, "mqar", small)
   settings = options(tmp_path)

@@ -132,6 +132,7 @@ def test_float32_errors():
   assert hard["log-space"]["not_finite"] > 500
 
 
+@pytest.mark.slow
 def test_main(monkeypatch, tmp_path, capsys):
   path = tmp_path / "records" / "out.jsonl"
   values = types.SimpleNamespace(

@@ -90,6 +90,7 @@ def test_shapes_have_the_dimension_they_say():
     assert muon_saddle.SHAPES["tall"](dim) == (dim, 16)
 
 
+@pytest.mark.slow
 def test_runs_record_and_resume(tmp_path, capsys):
   first = muon_saddle.run(options(tmp_path))
   path = tmp_path / "r.jsonl"

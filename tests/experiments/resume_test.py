@@ -151,6 +151,7 @@ def test_an_evaluation_between_two_logged_steps_is_a_whole_record(
   assert all("loss" in m and "seconds" in m for m in metrics)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_not_saved(tmp_path, corpus):
   """Though the step is neither logged nor evaluated."""
   settings = runs.settings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from jaxlib_ext import quantization
@@ -28,6 +29,7 @@ FORMATS = (
 
 class IdempotenceTest(parameterized.TestCase):
   @parameterized.product(name=FORMATS, stochastic=(False, True))
+  @pytest.mark.slow
   def test_a_thousand_times(self, name, stochastic):
     rng = np.random.default_rng(0)
     # Columns of very different sizes, and groups within one too.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from jaxlib_ext import quantization
@@ -146,6 +147,7 @@ class GridTest(parameterized.TestCase):
     np.testing.assert_array_equal(got, want)
 
   @parameterized.product(name=FORMATS, seed=ROUNDINGS)
+  @pytest.mark.slow
   def test_error_bound(self, name, seed):
     x = sample((64, 33), seed=1).astype(np.float64)
     q = quantize(x.astype(np.float32), name, key=key_of(seed))
@@ -253,6 +255,7 @@ class ExtremesTest(parameterized.TestCase):
 
 class ShapesTest(parameterized.TestCase):
   @parameterized.parameters(*FORMATS)
+  @pytest.mark.slow
   def test_shapes_and_bytes(self, name):
     fmt = quantization.Format.parse(name)
     for shape in ((50,), (50, 3), (2, 50, 3), (2, 2, 50, 3), (1, 1)):
@@ -279,6 +282,7 @@ class ShapesTest(parameterized.TestCase):
     self.assertEqual(nbytes("e3m2:32"), n * 6 // 8 + n // 32 * 4)
 
   @parameterized.parameters("int4:32", "mxfp4", "mxfp8", "nvfp4", "e3m2:16")
+  @pytest.mark.slow
   def test_transformations(self, name):
     x = jnp.asarray(sample((3, 50, 4)))
     q = quantization.quantize(x, name)

@@ -111,6 +111,7 @@ def test_attention_is_the_definition(density):
     np.testing.assert_allclose(got, dense, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_alike_keys_leave_a_smaller_tail_error():
   (q, q_labels), (k, kv_labels) = grouped(0, 0.3, 128), grouped(1, 0.3, 128)
   v = jnp.asarray(np.random.default_rng(2).normal(size=(B, 128, H, 5)))

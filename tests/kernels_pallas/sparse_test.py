@@ -26,6 +26,7 @@ def x64():
 
 
 @pytest.mark.parametrize("name, tail", TABLE)
+@pytest.mark.slow
 def test_reference_is_the_definition(name, tail):
   args = cases.make(cases.CASES[name])
   out, lse = cases.by_hand(args, tail)

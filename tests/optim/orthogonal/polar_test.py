@@ -154,6 +154,7 @@ class NewtonSchulzTest(parameterized.TestCase):
     )
     np.testing.assert_allclose(traced, y, atol=1e-6)
 
+  @pytest.mark.slow
   def test_a_list_of_leaves_is_each_leaf_alone(self):
     shapes = [(4, 6), (3, 6, 4), (2, 2, 4, 6), (5, 5), (6, 5)]
     xs = [jnp.asarray(matrix(s, i), jnp.float32) for i, s in enumerate(shapes)]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import absltest, parameterized
 
 import optim
@@ -67,6 +68,7 @@ class TrajectoryTest(parameterized.TestCase):
     schedule=tuple(SCHEDULES),
     decay=(0.0, 1.5),
   )
+  @pytest.mark.slow
   def test_no_rounding_error_enters_z(self, name, schedule, decay):
     n, rate = 60, SCHEDULES[schedule]
     params = {"w": quantization.quantize(sample((2, 16, 4)), name)}
@@ -205,6 +207,7 @@ class ConvergenceTest(parameterized.TestCase):
   @parameterized.parameters(
     ("int4:32", 1.0), ("float8_e4m3fn", 0.7), ("nvfp4", 0.7), ("mxfp8", 0.7)
   )  # fmt: skip
+  @pytest.mark.slow
   def test_close_to_master_weights(self, name, of_naive):
     eco, _ = self.run_quadratic(name, "eco", 1e-2, 4000)
     master, _ = self.run_quadratic(name, "master", 1e-2, 4000)
