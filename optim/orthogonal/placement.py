@@ -16,6 +16,7 @@ of matrices is divided by that of the devices goes the same way.
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -203,24 +204,40 @@ def mesh_of(xs: Sequence[jax.Array]) -> AbstractMesh | None:
   return None if AxisType.Manual in mesh.axis_types else mesh
 
 
-def _sides(mesh: AbstractMesh) -> _Sides:
-  """A guess: partitions over automatic axes are not known while tracing.
+def _sides(mesh: AbstractMesh, xs: Sequence[jax.Array]) -> _Sides:
+  """How most of the arrays' numbers are divided.
 
-  As in the default `sharding.Rules`: parameters are repeated over the axes
-  that divide the batch only (data); of the others the last (tensor) divides
-  the long side and those before it (fsdp) the short one, or a single one the
-  short one: up, gate, down and q are so, o is not. Where that is not so the
-  result is the same, for one more exchange.
+  Where the mesh's axes are explicit, types say it. Over automatic axes
+  partitions are not known while tracing, and this is a guess, as in the
+  default `sharding.Rules`: parameters are repeated over the axes that divide
+  the batch only (data); of the others the last (tensor) divides the long side
+  and those before it (fsdp) the short one, or a single one the short one: up,
+  gate, down and q are so, o is not. What is divided otherwise gives the same
+  result, for one more exchange.
   """
-  rules = sharding.Rules()
-  repeated = set(rules.batch) - {rules.embed}
   names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
-  dividing = [name for name in names if name not in repeated]
-  return _Sides(
-    repeated=tuple(name for name in names if name in repeated),
-    rows=tuple(dividing[:-1] or dividing),
-    columns=tuple(dividing[-1:] if len(dividing) > 1 else ()),
-  )
+  if AxisType.Auto in mesh.axis_types:
+    rules = sharding.Rules()
+    dividing = [
+      name for name in names if name == rules.embed or name not in rules.batch
+    ]
+    rows = tuple(dividing[:-1] or dividing)
+    columns = tuple(dividing[-1:] if len(dividing) > 1 else ())
+  else:
+    votes = collections.Counter()
+    for x in xs:
+      sides = jax.typeof(x).sharding.spec[-2:]
+      votes[tuple(_names(side) for side in sides)] += x.size
+    rows, columns = votes.most_common(1)[0][0]
+  repeated = tuple(name for name in names if name not in rows + columns)
+  return _Sides(repeated, rows, columns)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+  """The mesh axes of an entry of a `PartitionSpec`."""
+  if entry is None:
+    return ()
+  return entry if isinstance(entry, tuple) else (entry,)
 
 
 def _pad(x: jax.Array, multiples: Sequence[int]) -> jax.Array:
@@ -277,6 +294,7 @@ def spread(
     fn=fn,
     strips=tuple(strips),
     mesh=mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names)),
+    sides=_sides(mesh, [x for xs in groups for x in xs]),
     static=tuple(sorted(static.items())),
   )
   if AxisType.Explicit in mesh.axis_types:
@@ -285,9 +303,10 @@ def spread(
   return run([list(xs) for xs in groups], args)
 
 
-@functools.partial(jax.jit, static_argnames=("fn", "strips", "mesh", "static"))
-def _spread(groups, args, *, fn, strips, mesh, static):
-  sides = _sides(mesh)
+@functools.partial(
+  jax.jit, static_argnames=("fn", "strips", "mesh", "sides", "static")
+)
+def _spread(groups, args, *, fn, strips, mesh, sides, static):
   d, a, c = (math.prod(mesh.shape[name] for name in side) for side in sides)
   local = functools.partial(
     _local, fn=fn, strips=strips, sides=sides, parts=(d, a, c), static=static

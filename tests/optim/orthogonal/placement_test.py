@@ -96,6 +96,30 @@ class PlacementTest(parameterized.TestCase):
       # be and goes one step more.
       self.assertBetween(costs.collectives["all-to-all"], 4, 6)
 
+  @parameterized.product(
+    spec=(UP, DOWN, PartitionSpec(None, None, ("tensor", "fsdp"))),
+    kind=(AxisType.Auto, AxisType.Explicit),
+  )
+  def test_types_tell_the_partition(self, spec, kind):
+    mesh = make_mesh(CUBE, kind)
+    xs = [normal(i, 8, 16, 24) for i in range(2)]
+    divided = [jax.device_put(x, NamedSharding(mesh, spec)) for x in xs]
+    f = lambda xs: polar.newton_schulz_list(xs, dtype=jnp.float32)
+    place = NamedSharding(mesh, spec)
+    step = jax.jit(
+      f, out_shardings=None if kind == AxisType.Explicit else place
+    )
+    for got, want in zip(step(divided), jax.jit(f)(xs), strict=True):
+      np.testing.assert_allclose(got, want, atol=1e-5)
+    costs = hlo.costs(step.lower(divided).compile().as_text())
+    momentum = sum(4 * x.size for x in xs) / 4  # a device's part
+    if kind == AxisType.Explicit or spec == UP:
+      self.assertEqual(costs.collectives["all-to-all"], 2)
+      self.assertNotIn("collective-permute", costs.collectives)
+      self.assertLess(costs.total_collective_bytes, 1.5 * momentum)
+    else:  # Not as guessed: each matrix is moved once more each way.
+      self.assertGreater(costs.total_collective_bytes, 2 * momentum)
+
   @parameterized.parameters(AxisType.Auto, AxisType.Explicit)
   def test_counts_and_sides_that_do_not_divide(self, kind):
     shapes = {
