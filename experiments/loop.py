@@ -85,16 +85,7 @@ class Run:
         old = self.stored["config"]
       except (ValueError, KeyError, TypeError) as e:
         raise errors.UserError(f"--workdir: cannot read {path}: {e}") from e
-      changed = [
-        line
-        for line in config_lib.differences(old, config_lib.to_dict(self.config))
-        if not line.startswith(configs.RESUMABLE)
-      ]
-      if changed:
-        raise errors.UserError(
-          f"--workdir: {self.workdir} holds a run of another config "
-          f"({'; '.join(changed)}); choose another --workdir"
-        )
+      configs.refuse_another(old, self.config, self.workdir)
     elif self.workdir.exists() and any(
       (self.workdir / name).exists() for name in ("checkpoints", "summary.json")
     ):

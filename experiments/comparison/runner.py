@@ -233,16 +233,7 @@ def _is_finished(directory: pathlib.Path, config: configs.Config) -> bool:
   if not (directory / "summary.json").exists():
     return False
   begun = json.loads((directory / "config.json").read_text())["config"]
-  changed = [
-    line
-    for line in config_lib.differences(begun, config_lib.to_dict(config))
-    if not line.startswith(configs.RESUMABLE)
-  ]
-  if changed:
-    raise errors.UserError(
-      f"--workdir: {directory} holds a run of another config "
-      f"({'; '.join(changed)}); choose another --workdir"
-    )
+  configs.refuse_another(begun, config, directory)
   return True
 
 

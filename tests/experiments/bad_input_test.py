@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from experiments import configs, errors
+from jaxlib_ext import config as config_lib
 from tests.experiments import runs
 
 REFUSED = {
@@ -99,6 +100,20 @@ def test_another_configs_workdir_is_left_alone(tmp_path, corpus):
   with pytest.raises(errors.UserError, match="training.seed: 0 → 1"):
     runs.run(tmp_path / "run", runs.settings(corpus, "training.seed=1"))
   assert {p: p.read_bytes() for p in files} == before
+
+
+def test_a_config_from_before_a_field_was_added():
+  config = configs.resolve("smoke")
+  stored = config_lib.to_dict(config)
+  del stored["training"]["init_from"]
+  configs.refuse_another(stored, config, "DIR")
+  other = configs.resolve("smoke", ["training.init_from=x"])
+  with pytest.raises(errors.UserError, match="init_from: '' → 'x'"):
+    configs.refuse_another(stored, other, "DIR")
+  # One that is gone is not passed over.
+  stored["training"]["gone"] = 1
+  with pytest.raises(errors.UserError, match="training.gone: 1 → None"):
+    configs.refuse_another(stored, config, "DIR")
 
 
 @pytest.mark.slow
