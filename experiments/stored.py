@@ -60,11 +60,14 @@ def state(workdir: pathlib.Path, target: Any, field: str) -> tuple[int, Any]:
     UserError: there is none.
   """
   checkpoints = checkpoint.Checkpointer(workdir / "checkpoints")
-  found = checkpoints.latest_readable(target)
-  checkpoints.close()
-  if not found:
-    raise errors.UserError(f"{field}: {workdir} has no checkpoint to read")
-  return found
+  try:
+    return checkpoints.latest_readable(target)
+  except checkpoint.CheckpointError as e:
+    raise errors.UserError(
+      f"{field}: {workdir} has no checkpoint to read: {e}"
+    ) from e
+  finally:
+    checkpoints.close()
 
 
 def check_corpus(then: str, now: str) -> None:

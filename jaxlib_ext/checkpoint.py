@@ -150,12 +150,18 @@ class Checkpointer:
       except CheckpointError as e:
         yield step, e
 
-  def latest_readable(self, target: Any) -> tuple[int, Any] | None:
-    """`(step, state)` of the latest checkpoint that is whole, or None."""
+  def latest_readable(self, target: Any) -> tuple[int, Any]:
+    """`(step, state)` of the latest checkpoint that is whole.
+
+    Raises:
+      CheckpointError: there is none; says what each one suffers from.
+    """
+    failed = []
     for step, found in self.restore_latest(target):
       if not isinstance(found, CheckpointError):
         return step, found
-    return None
+      failed.append(f"step {step}: {found}")
+    raise CheckpointError("; ".join(failed) or "there are no checkpoints")
 
   def set_aside(self, step: int, destination: str | pathlib.Path) -> None:
     """Moves a damaged checkpoint out of the way of a new one."""

@@ -16,8 +16,8 @@ from experiments import errors, loop, reports
 from experiments import stored as stored_lib
 from experiments.diffusion import configs, metrics, pictures, trainer
 from experiments.diffusion import data as data_lib
-from jaxlib_ext import checkpoint, records
 from jaxlib_ext import config as config_lib
+from jaxlib_ext import records
 from models import dit
 
 
@@ -175,10 +175,6 @@ def load(workdir: pathlib.Path, path: str = "") -> Trained:
     config = config_lib.replace(config, "data.path", path)
   corpus = data_lib.load(config.data, cfg.input_shape)
   stored_lib.check_corpus(stored["corpus"]["hash"], corpus.hash)
-  checkpoints = checkpoint.Checkpointer(workdir / "checkpoints")
-  found = checkpoints.latest_readable(trainer.Trainer(config, cfg).target)
-  checkpoints.close()
-  if not found:
-    raise errors.UserError(f"{workdir}: no checkpoint that can be read")
-  step, state = found
+  target = trainer.Trainer(config, cfg).target
+  step, state = stored_lib.state(workdir, target, "workdir")
   return Trained(cfg, state.ema, config, corpus, step)
