@@ -7,7 +7,6 @@ and a list of overrides into one; the result is written as `config.json`.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -287,37 +286,6 @@ def resolve(name: str, overrides: Sequence[str] = ()) -> Config:
     return _checked(config)
   except ValueError as e:
     raise errors.UserError(f"--set: {e}") from e
-
-
-def refuse_another(
-  stored: dict[str, Any], config: Config, workdir: pathlib.Path
-) -> None:
-  """Sees to it that a directory's run is this one.
-
-  Fields that were added since it began count as at their defaults.
-
-  Args:
-    stored: of the directory's `config.json`.
-    config: what is to be run.
-    workdir: the directory, for the message.
-
-  Raises:
-    UserError: they differ in more than `RESUMABLE`.
-  """
-  try:
-    stored = config_lib.to_dict(config_lib.from_dict(Config, stored))
-  except config_lib.ConfigError:
-    pass  # One that is gone shows as a difference.
-  changed = [
-    line
-    for line in config_lib.differences(stored, config_lib.to_dict(config))
-    if not line.startswith(RESUMABLE)
-  ]
-  if changed:
-    raise errors.UserError(
-      f"--workdir: {workdir} holds a run of another config "
-      f"({'; '.join(changed)}); choose another --workdir"
-    )
 
 
 def named(known: Mapping[str, Callable[[], Any]], name: str) -> Any:

@@ -85,7 +85,7 @@ class Run:
         old = self.stored["config"]
       except (ValueError, KeyError, TypeError) as e:
         raise errors.UserError(f"--workdir: cannot read {path}: {e}") from e
-      configs.refuse_another(old, self.config, self.workdir)
+      stored.check_config(old, self.config, self.workdir)
     elif self.workdir.exists() and any(
       (self.workdir / name).exists() for name in ("checkpoints", "summary.json")
     ):

@@ -1,4 +1,4 @@
-"""What `experiments.pretrain` left in a directory, for other programs."""
+"""What a run left in a directory, for others and for itself."""
 
 from __future__ import annotations
 
@@ -68,6 +68,35 @@ def state(workdir: pathlib.Path, target: Any, field: str) -> tuple[int, Any]:
     ) from e
   finally:
     checkpoints.close()
+
+
+def check_config(then: dict[str, Any], now: Any, workdir: pathlib.Path) -> None:
+  """Sees to it that a directory's run is this one.
+
+  Fields that were added since it began count as at their defaults.
+
+  Args:
+    then: of the directory's `config.json`.
+    now: the config of what is to be run, of any main.
+    workdir: the directory, for the message.
+
+  Raises:
+    UserError: they differ in more than `configs.RESUMABLE`.
+  """
+  try:
+    then = config_lib.to_dict(config_lib.from_dict(type(now), then))
+  except config_lib.ConfigError:
+    pass  # One that is gone shows as a difference.
+  changed = [
+    line
+    for line in config_lib.differences(then, config_lib.to_dict(now))
+    if not line.startswith(configs.RESUMABLE)
+  ]
+  if changed:
+    raise errors.UserError(
+      f"--workdir: {workdir} holds a run of another config "
+      f"({'; '.join(changed)}); choose another --workdir"
+    )
 
 
 def check_corpus(then: str, now: str) -> None:

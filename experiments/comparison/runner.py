@@ -19,7 +19,7 @@ from typing import Any
 
 import tqdm
 
-from experiments import configs, errors, optimizers
+from experiments import configs, errors, optimizers, stored
 from experiments.comparison import entrants, search
 from jaxlib_ext import config as config_lib
 from jaxlib_ext import records
@@ -68,9 +68,7 @@ class Comparison:
   def start(self, entrant: entrants.Entrant) -> search.Point:
     """Where the entrant's search begins."""
     config = configs.resolve(self.name, self.overrides(entrant))
-    return search.Point.of(
-      {"config": config_lib.to_dict(config), **vars(config.optimizer)}
-    )
+    return search.Point.of(config_lib.to_dict(config)["optimizer"])
 
   def job(self, entrant: entrants.Entrant) -> str:
     """What the runs of an entrant have in common."""
@@ -124,7 +122,7 @@ class Runner:
     self._record, self._lock = record, threading.Lock()
     self._expected = collections.Counter(expected)
     self._known = {
-      (job, search.Point.of(r), r["seed"]): r
+      (job, search.Point.of(r["config"]["optimizer"]), r["seed"]): r
       for r in records.read(record)
       if (job := comparison.recorded(r))
     }
@@ -233,7 +231,7 @@ def _is_finished(directory: pathlib.Path, config: configs.Config) -> bool:
   if not (directory / "summary.json").exists():
     return False
   begun = json.loads((directory / "config.json").read_text())["config"]
-  configs.refuse_another(begun, config, directory)
+  stored.check_config(begun, config, directory)
   return True
 
 

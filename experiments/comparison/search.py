@@ -28,12 +28,11 @@ class Point(NamedTuple):
   fallback_learning_rate: float | None = None
 
   @classmethod
-  def of(cls, record: Mapping[str, Any]) -> Point:
-    """That of a run."""
-    arguments = record["config"]["optimizer"].get("arguments", {})
-    point = cls(record["learning_rate"], record["weight_decay"])
-    rate = arguments.get(FALLBACK_RATE, point.learning_rate)
-    return point.moved(FALLBACK_RATE, rate)
+  def of(cls, optimizer: Mapping[str, Any]) -> Point:
+    """That of a config's "optimizer"."""
+    rate, decay = optimizer["learning_rate"], optimizer["weight_decay"]
+    given = optimizer.get("arguments", {}).get(FALLBACK_RATE, rate)
+    return cls(rate, decay).moved(FALLBACK_RATE, given)
 
   def value(self, field: str) -> float:
     """A coordinate; the learning rate where the fallback has none."""

@@ -79,7 +79,7 @@ def stand(
   """
   points = collections.defaultdict(dict)
   for r in records:
-    points[search.Point.of(r)][r["seed"]] = r
+    points[search.Point.of(r["config"]["optimizer"])][r["seed"]] = r
   if not points:
     return None
   enough = min(seeds, max(map(len, points.values())))

@@ -1,12 +1,14 @@
 """Each mistake gets one line that says what was got and what is allowed."""
 
+import dataclasses
 import resource
 import subprocess
 import sys
 
 import pytest
 
-from experiments import configs, errors
+from experiments import configs, errors, stored
+from experiments.diffusion import configs as dit_configs
 from jaxlib_ext import config as config_lib
 from tests.experiments import runs
 
@@ -102,18 +104,21 @@ def test_another_configs_workdir_is_left_alone(tmp_path, corpus):
   assert {p: p.read_bytes() for p in files} == before
 
 
-def test_a_config_from_before_a_field_was_added():
-  config = configs.resolve("smoke")
-  stored = config_lib.to_dict(config)
-  del stored["training"]["init_from"]
-  configs.refuse_another(stored, config, "DIR")
-  other = configs.resolve("smoke", ["training.init_from=x"])
+@pytest.mark.parametrize("main", [configs, dit_configs])
+def test_a_config_from_before_a_field_was_added(main):
+  config = main.resolve("smoke")
+  before = config_lib.to_dict(config)
+  del before["training"]["init_from"]
+  stored.check_config(before, config, "DIR")
+  other = dataclasses.replace(
+    config, training=dataclasses.replace(config.training, init_from="x")
+  )
   with pytest.raises(errors.UserError, match="init_from: '' → 'x'"):
-    configs.refuse_another(stored, other, "DIR")
+    stored.check_config(before, other, "DIR")
   # One that is gone is not passed over.
-  stored["training"]["gone"] = 1
+  before["training"]["gone"] = 1
   with pytest.raises(errors.UserError, match="training.gone: 1 → None"):
-    configs.refuse_another(stored, config, "DIR")
+    stored.check_config(before, config, "DIR")
 
 
 @pytest.mark.slow

@@ -118,9 +118,11 @@ def test_entrants():
 
 
 def line(label, rate, decay, seed, loss, size=128.0, fallback=None):
-  given = {} if fallback is None else {optimizers.FALLBACK_RATE: fallback}
+  optimizer = {"learning_rate": rate, "weight_decay": decay, "arguments": {}}
+  if fallback is not None:
+    optimizer["arguments"][optimizers.FALLBACK_RATE] = fallback
   return {
-    "config": {"optimizer": {"name": label, "arguments": given}},
+    "config": {"optimizer": optimizer},
     "optimizer": label,
     "learning_rate": rate,
     "weight_decay": decay,
@@ -358,7 +360,9 @@ def test_muons_rest_has_a_rate_of_its_own(tmp_path, monkeypatch):
   job = options(tmp_path, monkeypatch, 0.008, False, name)
   assert not compare_optimizers.run(job)
   assert f"| muon 0.032 {row}" in compare_optimizers.report(job)
-  done = [(search.Point.of(r), r["seed"]) for r in records.read(job.record)]
+  found = records.read(job.record)
+  point = lambda r: search.Point.of(r["config"]["optimizer"])
+  done = [(point(r), r["seed"]) for r in found]
   assert len(set(done)) == len(done)
   # ... and both at once are refused.
   with pytest.raises(errors.UserError, match="differ in what is searched"):
