@@ -202,8 +202,9 @@ def cotangents(member: Member, shape: Shape) -> tuple[Any, Any]:
   )
 
 
-@functools.cache
-def _jitted(op, options):
+def jitted(op, options):
+  """Outputs and gradients of one call, options as pairs."""
+
   def run(arrays, segment_ids, cotangents):
     f = lambda arrays: call(
       op, arrays, segment_ids=segment_ids, **dict(options)
@@ -212,6 +213,9 @@ def _jitted(op, options):
     return outputs, pullback(cotangents)[0]
 
   return jax.jit(run)
+
+
+_jitted = functools.cache(jitted)
 
 
 def values_and_grads(op, arrays, segment_ids, cotangents, **options):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import MomentumState
+from kernels_pallas.linear import xla
 from tests import quick
 from tests.kernels_pallas import linear_cases as cases
 
@@ -65,6 +66,26 @@ def test_float64(name, options):
   arrays = cases.make(cases.MEMBERS[name], SHAPE)
   for ids in SEGMENTS.values():
     compare(name, arrays, ids, "float64", cases.F64, **options)
+
+
+@pytest.mark.parametrize("name", quick.cases(NAMES, {"kda", "mdn"}))
+def test_systems_made_chunk_by_chunk(name, monkeypatch):
+  """As on CPU beyond the sizes of the other tests, in less memory."""
+  monkeypatch.setattr(cases, "_jitted", cases.jitted)
+  member = cases.MEMBERS[name]
+  arrays = cases.make(member, SHAPE)
+  given = cases.cotangents(member, SHAPE)
+
+  def memory():
+    run = cases.jitted(member.op, (("implementation", "xla"),))
+    lowered = run.lower(arrays, SEGMENTS["inside"], given)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  at_once = memory()
+  monkeypatch.setattr(xla, "_AT_ONCE", 0)
+  assert memory() < at_once
+  for ids in (SEGMENTS["inside"], SEGMENTS["borders"]):
+    compare(name, arrays, ids, "float64", cases.F64, implementation="xla")
 
 
 @pytest.mark.parametrize("name", quick.cases(NAMES, {"gdn", "kda", "mdn"}))
