@@ -37,6 +37,22 @@ def split(x: jax.Array, count: int) -> list[jax.Array]:
   return out
 
 
+def operands(
+  x: jax.Array, count: int, dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, ...]:
+  """What a GPU's matrix units multiply instead of `x`, the largest first.
+
+  They keep 11 bits of float32. Three parts of bfloat16 have 24 in all, and
+  products of them are exact in float32.
+
+  Args:
+    x: any array, float32 for several parts.
+    count: how many parts add up to it.
+    dtype: of a single part.
+  """
+  return (x.astype(dtype),) if count == 1 else tuple(split(x, count))
+
+
 @jax.custom_vjp
 def mask_dot(a: jax.Array, b: jax.Array) -> jax.Array:
   """As `products.mask_dot`, in three exact products.

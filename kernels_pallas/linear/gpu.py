@@ -19,6 +19,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import pieces
 from kernels_pallas.linear import (
   chunk,
   gpu_plan,
@@ -131,7 +132,12 @@ def _walk(inputs, system: chunk.System, inverses, plan: Plan) -> gpu_walk.Walk:
     )
   else:
     decay = decay[..., 0]
-  split = lambda x: None if x is None else gpu_walk.split(x, plan)
+
+  def split(x):
+    if x is None:
+      return None
+    return jnp.stack(pieces.operands(x, plan.parts, plan.operand))
+
   return gpu_walk.Walk(
     q=split(q),
     k=split(k),

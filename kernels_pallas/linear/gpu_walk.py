@@ -98,19 +98,6 @@ def backward(
   return _call(_backward_kernel, walk, do, dstate, outputs, plan, name)
 
 
-def split(x: jax.Array, plan: Plan) -> jax.Array:
-  """`x` as a sum of `plan.parts` arrays, stacked in front, the largest first.
-
-  A matrix unit keeps 11 bits of float32. Three parts of bfloat16 have 24 in
-  all, and products of them are exact in float32.
-  """
-  parts = []
-  for _ in range(plan.parts - 1):
-    parts.append(pieces.head(x))
-    x = x - parts[-1]
-  return jnp.stack([x.astype(plan.operand) for x in (*parts, x)])
-
-
 def _specs(walk: Walk, plan: Plan) -> Walk:
   """The blocks of a program: all tokens of one head."""
   groups, repeat = walk.rows.shape[2:4]

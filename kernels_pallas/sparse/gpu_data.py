@@ -91,14 +91,8 @@ class Pooled(NamedTuple):
 
 
 def split(x: jax.Array, plan: Plan) -> Parts:
-  """`x` as a sum of `plan.parts` arrays, the largest first.
-
-  A matrix unit keeps 11 bits of float32. Three parts of bfloat16 have 24 in
-  all, and products of them are exact in float32.
-  """
-  if plan.parts == 1:
-    return (x.astype(plan.operand),)
-  return tuple(pieces.split(x, plan.parts))
+  """`x` in parts, as `pieces.operands` has them."""
+  return pieces.operands(x, plan.parts, plan.operand)
 
 
 def data(exact: problem.Exact, plan: Plan) -> Data:
