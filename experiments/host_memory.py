@@ -17,7 +17,7 @@ def keep_freed() -> bool:
   """Has glibc's malloc serve all requests from one heap that never shrinks.
 
   Effective for threads that have not allocated yet: call it first in a main.
-  The process keeps its peak of memory, up to 2 GiB of it free.
+  The process keeps its peak of memory.
 
   Returns:
     Whether the C library took the settings; other C libraries have none.
@@ -30,6 +30,6 @@ def keep_freed() -> bool:
     # Arenas of other threads hold at most 64 MiB; beyond that they mmap.
     (_M_ARENA_MAX, 1),
     (_M_MMAP_MAX, 0),
-    (_M_TRIM_THRESHOLD, 2**31 - 1),
+    (_M_TRIM_THRESHOLD, -1),  # Never.
   )
   return all([mallopt(name, value) == 1 for name, value in settings])

@@ -8,6 +8,7 @@ same numbers as one that was not.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -34,6 +35,9 @@ from experiments import (
 from jaxlib_ext import checkpoint, records, sharding
 from jaxlib_ext import config as config_lib
 from models import sampling
+
+# Bytes of a step from which on CPUs one is dispatched at a time.
+_LARGE_STEP = 1 << 30
 
 
 class Run:
@@ -186,6 +190,8 @@ class Run:
     ):
       signalled = None
       while step < training.steps and not signalled:
+        if self._one_at_a_time:
+          jax.block_until_ready(state)
         state, metrics = self._advance(state, next(batches))
         step += 1
         signalled = interrupt.seen()
@@ -226,6 +232,18 @@ class Run:
       seed=training.seed,
     )
     return lambda step: stream.batch(step, self.trainer.rows)
+
+  @functools.cached_property
+  def _one_at_a_time(self) -> bool:
+    """Whether a step is dispatched only when the one before it has ended.
+
+    XLA:CPU allocates what a step holds when it is dispatched: steps that wait
+    would each hold it, in memory that has to be faulted in first.
+    """
+    device = self.trainer.mesh.devices.flat[0]
+    return (
+      device.platform == "cpu" and self.trainer.planned_bytes() > _LARGE_STEP
+    )
 
   def _advance(self, state: Any, batch: Any) -> tuple[Any, Any]:
     return self.trainer.step(state, self.trainer.place(batch))

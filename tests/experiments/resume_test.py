@@ -3,9 +3,10 @@
 import json
 import signal
 
+import jax
 import pytest
 
-from experiments import errors
+from experiments import configs, errors, loop
 from jaxlib_ext import records
 from tests.experiments import runs
 
@@ -149,6 +150,27 @@ def test_an_evaluation_between_two_logged_steps_is_a_whole_record(
   metrics = records.read(tmp_path / "metrics.jsonl")
   assert [m["step"] for m in metrics] == [4, 5, 8, 10, 12]
   assert all("loss" in m and "seconds" in m for m in metrics)
+
+
+def test_a_large_step_on_a_cpu_waits_for_the_one_before(
+  tmp_path, corpus, monkeypatch
+):
+  """Whose memory it takes, and nothing else changes."""
+  settings = runs.settings(corpus, "training.log_every=6")
+  runs.run(tmp_path / "small", settings)
+  monkeypatch.setattr(loop, "_LARGE_STEP", 0)
+  run = loop.Run(configs.resolve("smoke", settings), tmp_path / "large")
+  step, waited = run.trainer.step, []
+  assert run.trainer.compiled  # From the step that is replaced here.
+
+  def watched(state, tokens):
+    waited.append(all(x.is_ready() for x in jax.tree.leaves(state)))
+    return step(state, tokens)
+
+  run.trainer.step = watched
+  run.train()
+  assert waited == [True] * 12
+  assert losses(tmp_path / "large") == losses(tmp_path / "small")
 
 
 @pytest.mark.slow
