@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import padding
 from kernels_pallas.linear import chunk, inverse, layout, problem, vector
 
 # Elements of the keys up to which a CPU makes all systems at once. Beyond it,
@@ -122,11 +123,7 @@ def _backward(options, residuals, cotangents):
   (tokens, _, _), unarrange, seg = jax.vjp(
     lambda inputs: _arranged(inputs, segments, options), inputs, has_aux=True
   )
-  do = layout.pieces(
-    jnp.pad(do, ((0, 0), (0, -do.shape[1] % size), (0, 0), (0, 0))),
-    size,
-    groups,
-  )
+  do = layout.pieces(padding.to_multiple(do, 1, size), size, groups)
   dstate = tuple(layout.state(x, groups) for x in dstate)
   at_once = _at_once(inputs)
 
