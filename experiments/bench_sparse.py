@@ -53,7 +53,8 @@ class Trial:
     length: T.
     heads: H.
     size: K and V.
-    block: queries and keys of a block.
+    block: keys of a block.
+    block_q: queries of a block.
     density: listed share of the blocks.
     tail: as for `block_sparse_attention`.
     dtype: of q, k and v.
@@ -65,22 +66,24 @@ class Trial:
     heads: int,
     size: int,
     block: int,
+    block_q: int,
     density: float,
     tail: str,
     dtype: str,
   ):
-    self.block, self.density, self.tail = block, density, tail
+    self.block, self.block_q = block, block_q
+    self.density, self.tail = density, tail
     self.arrays = _arrays(length, heads, size, dtype)
     self.tolerance = _TOLERANCE[dtype]
     self.select = functools.partial(
       kernels_pallas.select_blocks,
-      block_q=block,
+      block_q=block_q,
       block_kv=block,
       density=density,
     )
     self.attend = functools.partial(
       kernels_pallas.block_sparse_attention,
-      block_q=block,
+      block_q=block_q,
       block_kv=block,
       tail=tail,
     )
@@ -88,6 +91,7 @@ class Trial:
       kernels_pallas.piecewise_attention,
       density=density,
       block_size=block,
+      block_q=block_q,
       tail=tail,
     )
 
@@ -116,10 +120,10 @@ class Trial:
     blocks = self.blocks
     out = jax.jit(self.attend)(q, k, v, blocks)
     worst = 0.0
-    number = q.shape[1] // self.block
+    number = q.shape[1] // self.block_q
     chosen = np.linspace(0, number - 1, min(number, _CHECKED_BLOCKS))
     for i in chosen.astype(int):
-      rows = slice(i * self.block, (i + 1) * self.block)
+      rows = slice(i * self.block_q, (i + 1) * self.block_q)
       with jax.enable_x64(True):
         wanted = self.attend(
           *(np.asarray(x, np.float64) for x in (q[:, rows], k, v)),
@@ -160,7 +164,7 @@ class Trial:
     """The compiled phases and contenders."""
     q, v, blocks = self.arrays["q"], self.arrays["v"], self.blocks
     options = problem.Options(
-      q.shape[-1] ** -0.5, self.block, self.block, self.tail
+      q.shape[-1] ** -0.5, self.block_q, self.block, self.tail
     )
 
     def pooled(q, k, v):
@@ -260,10 +264,11 @@ def measure(trial: Trial, rounds: int, modes: Sequence[str]) -> dict[str, Any]:
 def report(record: Mapping[str, Any]) -> str:
   """The lines printed for one record."""
   lines = [
-    f"T {record['length']}, H {record['heads']}, K {record['size']}, block "
-    f"{record['block']}, tail {record['tail']}, {record['dtype']}: density "
-    f"{record['density']:.4f}, ideal speed-up {record['ideal']:.2f}; largest "
-    f"error {max(record['errors'].values()):.1e}"
+    f"T {record['length']}, H {record['heads']}, K {record['size']}, blocks "
+    f"of {record['block_q']} queries and {record['block']} keys, tail "
+    f"{record['tail']}, {record['dtype']}: density {record['density']:.4f}, "
+    f"ideal speed-up {record['ideal']:.2f}; largest error "
+    f"{max(record['errors'].values()):.1e}"
   ]
   for mode, spreads in record["spread"].items():
     for name, spread in spreads.items():
@@ -291,12 +296,13 @@ def main() -> None:
       raise errors.UserError(
         f"--tails: got {tail!r}, allowed: {', '.join(problem.TAILS)}"
       )
+  block_q = values.block_q or values.block
   host_memory.keep_freed()
   modes = contender.MODES if values.gradients else contender.MODES[:1]
   for text in values.lengths:
-    if not text.isdigit() or int(text) < values.block:
+    if not text.isdigit() or int(text) < max(values.block, block_q):
       raise errors.UserError(
-        f"--lengths: got {text!r}, allowed: ints from --block up"
+        f"--lengths: got {text!r}, allowed: ints from --block and --block_q up"
       )
     for tail in values.tails:
       sizes = dict(
@@ -304,6 +310,7 @@ def main() -> None:
         heads=values.heads,
         size=values.head_size,
         block=values.block,
+        block_q=block_q,
         density=values.density,
         tail=tail,
         dtype=values.dtype,
@@ -329,7 +336,10 @@ def _define_flags() -> None:
   flags.DEFINE_float("density", 0.125, "Listed share of the blocks.")
   flags.DEFINE_integer("heads", 2, "Heads.", lower_bound=1)
   flags.DEFINE_integer("head_size", 64, "K and V.", lower_bound=1)
-  flags.DEFINE_integer("block", 64, "Tokens of a block.", lower_bound=1)
+  flags.DEFINE_integer("block", 64, "Keys of a block.", lower_bound=1)
+  flags.DEFINE_integer(
+    "block_q", None, "Queries of a block; by default --block.", lower_bound=1
+  )
   flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Of q, k and v."
   )

@@ -27,6 +27,7 @@ def piecewise_attention(
   *,
   density: float | None = None,
   block_size: int = 64,
+  block_q: int | None = None,
   tail: str = "mean_global",
   method: str = "topk",
   tau: float | None = None,
@@ -56,6 +57,9 @@ def piecewise_attention(
     density: share of the blocks that are exact, of the method "topk"; None is
       0.15 there.
     block_size: queries and keys of a block.
+    block_q: queries of a block, where they are to differ; None is
+      `block_size`. With more queries to a list, each list's keys are read
+      less often.
     tail: as for `block_sparse_attention`; "mean_global" is the paper's hybrid
       first order, "mean" its zeroth, "mean_local" its block-wise first.
     method: as for `select_blocks`, and so the next five; "threshold" with the
@@ -78,10 +82,12 @@ def piecewise_attention(
   """
   if density is None and method == "topk":
     density = 0.15
+  if block_q is None:
+    block_q = block_size
   blocks = select.select_blocks(
     q,
     k,
-    block_q=block_size,
+    block_q=block_q,
     block_kv=block_size,
     method=method,
     density=density,
@@ -100,7 +106,7 @@ def piecewise_attention(
     k,
     v,
     blocks,
-    block_q=block_size,
+    block_q=block_q,
     block_kv=block_size,
     tail=tail,
     scale=scale,

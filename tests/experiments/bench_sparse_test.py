@@ -11,8 +11,9 @@ from experiments import bench_sparse, errors
 pytestmark = pytest.mark.slow
 
 SIZES = dict(
-  length=128, heads=2, size=8, block=16, density=0.25, dtype="float32"
-)
+  length=128, heads=2, size=8, block=16, block_q=32, density=0.25,
+  dtype="float32",
+)  # fmt: skip
 
 
 def test_record_and_report():
@@ -34,6 +35,7 @@ def test_record_and_report():
   share = record["of_ideal"]["forward"]["together"]
   assert share == pytest.approx(over["median"] / record["ideal"])
   text = bench_sparse.report({**SIZES, "tail": "mean", **record})
+  assert "blocks of 32 queries and 16 keys" in text
   assert "density 0.2500, ideal speed-up 3.20" in text
   assert "together over dense" in text
 
@@ -56,13 +58,15 @@ def test_wrong_values_are_not_timed():
   (
     ("tails", ["median"], "--tails: got 'median', allowed: drop, mean"),
     ("lengths", ["32"], "--lengths: got '32'"),
+    ("block_q", 256, "--lengths: got '128', allowed: .* --block_q up"),
     ("density", 0.0, "density must be a number in \\(0, 1\\], got 0.0"),
   ),
 )
 def test_bad_flags(monkeypatch, field, value, words):
   values = types.SimpleNamespace(
     lengths=["128"], tails=["mean"], density=0.25, heads=1, head_size=4,
-    block=64, dtype="float32", gradients=False, rounds=1, record="",
+    block=64, block_q=None, dtype="float32", gradients=False, rounds=1,
+    record="",
   )  # fmt: skip
   setattr(values, field, value)
   monkeypatch.setattr(bench_sparse.flags, "FLAGS", values)

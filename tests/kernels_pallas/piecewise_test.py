@@ -28,22 +28,22 @@ def softmax(x):
   return x / x.sum(-1, keepdims=True)
 
 
-@pytest.mark.parametrize("causal", (False, True))
-def test_piecewise_is_selection_and_attention(causal):
+@pytest.mark.parametrize("causal, block_q", ((False, None), (True, 16)))
+def test_piecewise_is_selection_and_attention(causal, block_q):
   q, k, v = arrays(60)
   options = dict(density=0.3, causal=causal)
   got, lse = jitted(
     kernels_pallas.piecewise_attention,
     block_size=SIZE,
+    block_q=block_q,
     return_lse=True,
     **options,
   )(q, k, v)
-  blocks = jitted(
-    kernels_pallas.select_blocks, block_q=SIZE, block_kv=SIZE, **options
-  )(q, k)
+  sizes = dict(block_q=block_q or SIZE, block_kv=SIZE)
+  blocks = jitted(kernels_pallas.select_blocks, **sizes, **options)(q, k)
   args = dict(
-    q=q, k=k, v=v, blocks=blocks, block_q=SIZE, block_kv=SIZE, causal=causal,
-    segment_ids=None, sinks=None,
+    q=q, k=k, v=v, blocks=blocks, causal=causal, segment_ids=None, sinks=None,
+    **sizes,
   )  # fmt: skip
   wanted, wanted_lse = cases.by_hand(args, "mean_global")
   np.testing.assert_allclose(got, wanted, **cases.F64)
