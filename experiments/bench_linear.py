@@ -321,7 +321,8 @@ def main() -> None:
         problem.check_chunk_size(
           None if size == "auto" else int(size),
           shape.length,
-          light=op == "linear",
+          delta=op != "linear",
+          channels=shape.key if op == "kda" else 0,
         )
         for size in values.chunk_sizes
       ]

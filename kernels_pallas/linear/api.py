@@ -81,12 +81,15 @@ def _run(
   interpret: bool,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   """Checks the options, runs, and gives o the dtype of `v` as it was given."""
-  length = inputs.q.shape[1]
+  length, decay = inputs.q.shape[1], inputs.log_decay
   options = problem.Options(
     scale=arguments.check_scale(scale, inputs.q.shape[-1]),
     delta=delta,
     chunk_size=problem.check_chunk_size(
-      chunk_size, length, light=not delta and inputs.log_decay.ndim == 3
+      chunk_size,
+      length,
+      delta=delta,
+      channels=decay.shape[-1] if decay.ndim == 4 else 0,
     ),
     interpret=bool(interpret),
   )

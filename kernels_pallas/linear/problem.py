@@ -234,25 +234,30 @@ def sizes(q: jax.Array, v: jax.Array) -> tuple[int, int, int, int, int, int]:
 
 
 def check_chunk_size(
-  chunk_size: Any, length: int, *, light: bool = False
+  chunk_size: Any, length: int, *, delta: bool = True, channels: int = 0
 ) -> int:
   """`chunk_size`, or the best for the platform and T = `length` for None.
 
   The work inside a chunk grows with C where that between chunks shrinks with
   it. CPU cores do no product of 64 rows faster than one of 32, so they want
-  larger chunks only where those are `light`; the sides of an accelerator's
-  matrix units, and a serial walk over chunks, want more.
+  larger chunks only where those are light, without an inverse and with scalar
+  decays, and smaller ones where decays per channel outweigh a small state; the
+  sides of an accelerator's matrix units, and a serial walk over chunks, want
+  more.
 
   Args:
     chunk_size: as the public functions take it.
     length: T.
-    light: whether a chunk has neither an inverse nor decays per channel.
+    delta: whether there is an inverse.
+    channels: K where each channel has a decay of its own, else 0.
 
   Raises:
     ValueError: unless it is None or one of `CHUNK_SIZES`.
   """
   if chunk_size is None:
-    best = 32 if jax.default_backend() == "cpu" and not light else 64
+    best = 64
+    if jax.default_backend() == "cpu" and (delta or channels):
+      best = 16 if 0 < channels <= 64 else 32
     return next(x for x in CHUNK_SIZES if x >= min(best, length))
   if isinstance(chunk_size, bool) or chunk_size not in CHUNK_SIZES:
     raise ValueError(
