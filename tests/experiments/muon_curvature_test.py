@@ -21,6 +21,7 @@ def options(tmp_path, **changes):
       "exponents": (1.0,),
       "text": None,
       "optimizers": {"adam": 0.02},
+      "search": False,
       "seeds": 1,
       "levels": (0.95, 0.9, 0.001),
       "steps": 26,
@@ -118,6 +119,22 @@ def test_measures_at_matched_losses_and_resumes(tmp_path, capsys):
   table = curvature_picture.table(again).splitlines()
   assert len(table) == 4
   assert table[2].startswith("| exponent 1 | 0.95 | adam | 1 |")
+
+
+@pytest.mark.slow
+def test_searches_the_rate_that_is_soonest(tmp_path):
+  points = muon_curvature.run(
+    options(tmp_path, search=True, seeds=2, levels=(0.9,))
+  )
+  tried = collections.defaultdict(list)
+  for r in records.read(tmp_path / "r.jsonl"):
+    if r["seed"] == 0:
+      tried[r["learning_rate"]].append(r.get("step", 26))
+  assert len(tried) >= 3 and all(len(x) == 1 for x in tried.values())
+  (rate,) = {r["learning_rate"] for r in points}
+  assert [r["seed"] for r in points] == [0, 1]
+  assert tried[rate] == min(tried.values())
+  assert {rate / 2, rate * 2} <= set(tried)
 
 
 def test_text_is_windows_of_bytes(tmp_path):
