@@ -34,7 +34,7 @@ from kernels_pallas.sparse.clusters import (
 )
 from kernels_pallas.sparse.clusters import kmeans as kmeans
 from kernels_pallas.sparse.dense import full_attention as full_attention
-from kernels_pallas.sparse.piecewise import (
+from kernels_pallas.sparse.in_context import (
   in_context_attention as in_context_attention,
 )
 from kernels_pallas.sparse.piecewise import (

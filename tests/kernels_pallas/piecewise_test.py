@@ -131,10 +131,90 @@ def test_in_context_attention(target, context, options):
     np.testing.assert_allclose(got[b, :, h], wanted, **cases.F64)
 
 
-def test_in_context_gradients():
+def causal_isa_by_hand(q, k, v, context, keep, sharp, density):
+  """One head, row by row, the context first: q, k, v [T, K]."""
+  parts = [range(0, context), range(context, len(q))]
+  blocks = [
+    list(part)[i : i + SIZE]
+    for part in parts
+    for i in range(0, len(part), SIZE)
+  ]
+  n_context = -(-context // SIZE)
+  mean_q, mean_k, mean_v = (
+    np.stack([x[rows].mean(0) for rows in blocks]) for x in (q, k, v)
+  )
+  scores = mean_q @ mean_k.T * K**-0.5
+  importance = sum(
+    softmax(scores[i, : i + 1])[:n_context]
+    for i in range(n_context, len(blocks))
+  )
+  best = np.argsort(-importance)[: max(1, int(keep * n_context))]
+  out = np.zeros_like(v)
+  for start, stop, before in (
+    (0, n_context, []),
+    (n_context, len(blocks), sorted(best.tolist())),
+  ):
+    sees = {i: before + list(range(start, i + 1)) for i in range(start, stop)}
+    sharpness = {}
+    for i, stays in sees.items():
+      top = max(1, int(0.0625 * len(stays)))
+      sharpness[i] = np.sort(softmax(scores[i, stays]))[-top:].sum()
+    number = int(sharp * (stop - start) + 0.5)
+    full = sorted(sees, key=lambda i: -sharpness[i])[:number]
+    for i, stays in sees.items():
+      number = max(1, int(density * len(stays) + 1e-9))
+      others = sorted(stays[:-1], key=lambda j: -scores[i, j])
+      exact = stays if i in full else [i, *others[: number - 1]]
+      for t in blocks[i]:
+        rows = [u for j in exact for u in blocks[j] if u <= t]
+        pooled = [j for j in stays if j not in exact]
+        lengths = np.array([len(blocks[j]) for j in pooled])
+        logits = np.concatenate(
+          [k[rows] @ q[t], mean_k[pooled] @ q[t] + K**0.5 * np.log(lengths)]
+        )
+        values = np.concatenate([v[rows], mean_v[pooled]])
+        out[t] = softmax(K**-0.5 * logits) @ values
+  return out
+
+
+@pytest.mark.parametrize(
+  "context, target, options",
+  (
+    (64, 80, dict(keep=0.4, sharp=0.5, density=0.25)),
+    (45, 35, dict(keep=0.4, sharp=0.0, density=0.5)),
+    (3, 7, dict(keep=1.0, sharp=1.0, density=0.5)),
+  ),
+)
+def test_causal_in_context_attention(context, target, options):
+  q, k, v = arrays(context + target)
+  got = jitted(
+    kernels_pallas.in_context_attention,
+    context_length=context,
+    block_size=SIZE,
+    causal=True,
+    **options,
+  )(q, k[:, :, :1], v[:, :, :1])
+  for b, h in np.ndindex(B, H):
+    one = (np.asarray(x)[b, :, i] for x, i in ((q, h), (k, 0), (v, 0)))
+    wanted = causal_isa_by_hand(*one, context, *options.values())
+    np.testing.assert_allclose(got[b, :, h], wanted, **cases.F64)
+
+
+def test_causal_with_all_blocks_is_dense():
+  q, k, v = arrays(61)
+  got = kernels_pallas.in_context_attention(
+    q, k, v, context_length=30, block_size=SIZE, causal=True, keep=1.0,
+    sharp=1.0,
+  )  # fmt: skip
+  wanted = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+  np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", (False, True))
+def test_in_context_gradients(causal):
   """By differences along one direction: the decisions do not move there."""
   q, k, v = arrays(40)
-  gate = jnp.full((B, 40, 1), 0.3)
+  gate = None if causal else jnp.full((B, 40, 1), 0.3)
   rng = np.random.default_rng(2)
   weights = jnp.asarray(rng.normal(size=v.shape))
 
@@ -143,21 +223,21 @@ def test_in_context_gradients():
     def loss(x):
       out = kernels_pallas.in_context_attention(
         *x[:3], context_length=16, block_size=SIZE, density=0.3,
-        residual=x[3],
+        residual=x[3], causal=causal,
       )  # fmt: skip
       return jnp.sum(out * weights)
 
     return jax.value_and_grad(loss)(x)
 
   x = (q, k, v, gate)
-  step = tuple(jnp.asarray(rng.normal(size=y.shape)) for y in x)
+  step = jax.tree.map(lambda y: jnp.asarray(rng.normal(size=y.shape)), x)
   move = lambda size: jax.tree.map(lambda a, b: a + size * b, x, step)
   _, grads = value_and_grad(x)
-  slope = sum(jnp.vdot(a, b) for a, b in zip(grads, step, strict=True))
+  slope = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, grads, step)))
   # The error of a central difference is the square of its step.
   ends = [value_and_grad(move(s))[0] for s in (1e-5, -1e-5)]
   np.testing.assert_allclose((ends[0] - ends[1]) / 2e-5, slope, rtol=1e-6)
-  for g in grads:
+  for g in jax.tree.leaves(grads):
     assert np.abs(g).max() > 0
 
 
@@ -171,6 +251,7 @@ def test_in_context_gradients():
     (dict(density=2), "density"),
     (dict(block_size=-1), "block_size"),
     (dict(residual=np.ones((3,))), "residual must be broadcastable"),
+    (dict(residual=np.ones(()), causal=True), "residual must be None where"),
   ),
 )
 def test_bad_arguments(options, message):

@@ -1,0 +1,338 @@
+"""ISA: attention to a context of which only a part is kept."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import arguments, padding, products
+from kernels_pallas.sparse import (
+  api,
+  choose,
+  problem,
+  select,
+  statistics,
+)
+
+# The share of coarse weights whose sum says how sharp a query block is.
+_SHARPNESS = 0.0625
+
+
+class _Blocks(NamedTuple):
+  """A sequence of two parts in blocks, heads first.
+
+  Attributes:
+    q: `[B, H, N, block, K]`.
+    k: `[B, H, N, block, K]`.
+    v: `[B, H, N, block, V]`.
+    lengths: int32 `[N]`, tokens of each block.
+  """
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  lengths: jax.Array
+
+
+def in_context_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  context_length: int,
+  keep: float = 0.125,
+  sharp: float = 0.5,
+  density: float = 0.0625,
+  block_size: int = 64,
+  residual: jax.Array | None = None,
+  causal: bool = False,
+  scale: float | None = None,
+  implementation: api.Implementation = None,
+  interpret: bool = False,
+) -> jax.Array:
+  """In-context sparse attention (ISA, arXiv:2605.04569).
+
+  The sequence is a target followed by a context, such as the image that is
+  edited. Coarse attention among the blocks' mean queries and keys decides, in
+  each head: the `keep` share of context blocks to which the target's blocks
+  give most weight stays, the rest is dropped; the `sharp` share of query
+  blocks, those with the most weight on their best target blocks, attends
+  fully to what stays; the other query blocks attend to the `density` share of
+  it exactly and to the rest through its means (tail "mean").
+
+  Both parts are cut into blocks of their own, whose last ones have their true
+  lengths. Decisions have no gradient; all else, the residual included, has.
+
+  `causal` is for a language model, of whose context a continuation comes after
+  it (ours; the paper has none): tokens are in the order of time, the context
+  first, and none attends to a later one. The context's tokens attend to all
+  of their past, the target's to what is kept of the context and to their own
+  past, each in two groups of query blocks as above, with the block that a
+  query lies in always exact. How sharp a block is, is told by the weight on
+  the best of all blocks that it sees. Decisions look at whole blocks, and what
+  is kept at the whole target: more than the past.
+
+  Args:
+    q: `[B, T, H, K]`, target first, or last where causal.
+    k: `[B, T, G, K]`.
+    v: `[B, T, G, V]`.
+    context_length: how many of the T tokens are context.
+    keep: share of the context blocks that stay, in (0, 1]; at least one.
+    sharp: share of the query blocks with full attention, in [0, 1].
+    density: share of the blocks that stay which the others attend to exactly.
+    block_size: tokens of a block.
+    residual: float, broadcastable to `[B, T, H]`: adds this share of the
+      coarse attention's output to every token of a block, a learned gate in
+      the paper, 0 at its start. None adds nothing. Not with `causal`, for a
+      block's means hold later tokens.
+    causal: as above.
+    scale: of the scores; None is K**-0.5.
+    implementation: as for `block_sparse_attention`.
+    interpret: whether Pallas interprets.
+
+  Returns:
+    `[B, T, H, V]` in v's dtype.
+
+  Raises:
+    TypeError: naming the argument, for dtypes that are not allowed.
+    ValueError: naming the argument, for shapes and values that are not.
+    NotImplementedError: where a named implementation cannot run.
+  """
+  b, t, heads = _check_sequence(q, k, v, context_length)
+  keep = choose.check_share("keep", keep)
+  sharp = choose.check_share("sharp", sharp, zero=True)
+  density = choose.check_share("density", density)
+  block_size = api.check_block("block_size", block_size)
+  options = problem.Options(
+    scale=arguments.check_scale(scale, jnp.shape(q)[-1]),
+    block_q=block_size,
+    block_kv=block_size,
+    tail="mean",
+    causal=bool(causal),
+    interpret=interpret,
+  )
+  if residual is not None and causal:
+    raise ValueError("residual must be None where causal is True")
+  if residual is not None:
+    residual = _gate(residual, (b, t, heads))
+  q, k, v = api.common(q, k, v)
+  first = context_length if causal else t - context_length
+  blocks = _cut(q, k, v, first, block_size)
+  num_first = problem.num_blocks(first, block_size)
+  mean_q, mean_k = (
+    statistics.mean(x, blocks.lengths) for x in (blocks.q, blocks.k)
+  )
+  scores = select.pooled_scores(mean_q, mean_k, options.scale)
+  decisions = _Decisions(
+    jax.lax.stop_gradient(scores), num_first, keep, sharp, density
+  )
+  run = functools.partial(
+    _attend, options=options, implementation=implementation
+  )
+  out = (_causal if causal else _both_ways)(blocks, decisions, run)
+  out = _join(out, first, t)
+  if residual is not None:
+    mean_v = statistics.mean(blocks.v, blocks.lengths)
+    coarse = jax.nn.softmax(scores, axis=-1)
+    pooled = products.einsum("bhij,bhjv->bhiv", coarse, mean_v)
+    added = jnp.broadcast_to(pooled[..., None, :], blocks.v.shape)
+    out = out + residual[..., None] * _join(added, first, t)
+  return out.astype(v.dtype)
+
+
+class _Decisions(NamedTuple):
+  """What decides which blocks are kept, and which listed.
+
+  Attributes:
+    scores: `[B, H, N, N]`, of mean queries and keys.
+    num_first: blocks of the sequence's first part.
+    keep: share of the context's blocks.
+    sharp: share of the query blocks.
+    density: share of the keys' blocks for the other queries.
+  """
+
+  scores: jax.Array
+  num_first: int
+  keep: float
+  sharp: float
+  density: float
+
+
+def _both_ways(blocks, decisions, run):
+  """Target first, every token sees every other: [B, H, N, block, V]."""
+  scores, num_target, keep, sharp, density = decisions
+  weights = jax.nn.softmax(scores, axis=-1)
+  best = _best_context(weights[:, :, :num_target, num_target:], keep)
+  own = jnp.broadcast_to(jnp.arange(num_target), (*best.shape[:2], num_target))
+  kept = jnp.concatenate([own, best + num_target], axis=-1)
+  order, number = _order(weights, num_target, sharp)
+  keys = _keys(blocks, kept)
+  scores = jnp.take_along_axis(scores, kept[:, :, None], axis=3)
+  everywhere = jnp.ones((1, 1, 1, kept.shape[-1]), bool)
+  parts = []
+  for chosen, share in (
+    (order[..., :number], 1.0),
+    (order[..., number:], density),
+  ):
+    if chosen.shape[-1]:
+      lists = choose.best(_take(scores, chosen), everywhere, share)
+      parts.append(run(_take(blocks.q, chosen), keys, lists))
+  return _take(jnp.concatenate(parts, axis=2), jnp.argsort(order, axis=-1))
+
+
+def _causal(blocks, decisions, run):
+  """Context first, no token sees a later one: [B, H, N, block, V]."""
+  scores, num_context, keep, sharp, density = decisions
+  b, h, num, _ = scores.shape
+  past = jnp.tril(jnp.ones((num, num), bool))
+  weights = jax.nn.softmax(jnp.where(past, scores, problem.MASKED), axis=-1)
+  best = _best_context(weights[:, :, num_context:, :num_context], keep)
+  every = lambda *ends: jnp.broadcast_to(
+    jnp.arange(*ends), (b, h, ends[-1] - ends[0])
+  )
+  parts = []
+  for start, stop, before in (
+    (0, num_context, best[..., :0]),
+    (num_context, num, best),
+  ):
+    kept = jnp.concatenate([before, every(start, stop)], axis=-1)
+    rows = jnp.take_along_axis(
+      scores[:, :, start:stop], kept[:, :, None], axis=3
+    )
+    lists = _causal_lists(rows, sharp, density)
+    # Blocks of queries that nobody asks for, each with a list of its own
+    # block, give the others the place after what is kept.
+    idle = before.shape[-1]
+    unasked = jnp.broadcast_to(
+      jnp.arange(idle)[:, None], (b, h, idle, lists.indices.shape[-1])
+    )
+    lists = lists._replace(
+      indices=jnp.concatenate([unasked, lists.indices], axis=2),
+      counts=jnp.pad(
+        lists.counts, ((0, 0), (0, 0), (idle, 0)), constant_values=1
+      ),
+    )
+    q = blocks.q[:, :, start:stop]
+    q = jnp.pad(q, ((0, 0), (0, 0), (idle, 0), (0, 0), (0, 0)))
+    parts.append(run(q, _keys(blocks, kept), lists)[:, :, idle:])
+  return jnp.concatenate(parts, axis=2)
+
+
+def _causal_lists(scores, sharp, density):
+  """Lists from the scores [B, H, n, m + n] of n blocks after m others."""
+  n, num_kv = scores.shape[2:]
+  column = jnp.arange(num_kv) - (num_kv - n)
+  own = column == jnp.arange(n)[:, None]
+  seen = column <= jnp.arange(n)[:, None]
+  weights = jax.nn.softmax(jnp.where(seen, scores, problem.MASKED), axis=-1)
+  top = np.maximum(1, _SHARPNESS * (np.arange(n) + num_kv - n + 1)).astype(int)
+  best = jnp.where(
+    np.arange(num_kv) < top[:, None], -jnp.sort(-weights, axis=-1), 0.0
+  )
+  order = jnp.argsort(-jnp.sum(best, axis=-1), axis=-1)
+  number = int(sharp * n + 0.5)
+  full = jnp.argsort(order, axis=-1) < number
+  candidates = choose.Candidates(scores, seen, own)
+  longest = num_kv if number else max(1, int(choose.rounded(density, num_kv)))
+  return choose.choose(
+    candidates, longest, low=density, high=1.0, wanted=full[..., None] & seen
+  )
+
+
+def _check_sequence(q, k, v, context_length) -> tuple[int, int, int]:
+  """(B, T, H), with a target and a context of at least one token."""
+  b, t, s, heads, _ = api.sizes(q, k, v)
+  if t != s:
+    raise ValueError(f"k must have as many tokens as q, T = {t}, got S = {s}")
+  if (
+    isinstance(context_length, bool)
+    or not isinstance(context_length, int)
+    or not 0 < context_length < t
+  ):
+    raise ValueError(
+      f"context_length must be an int from 1 to T - 1 = {t - 1}, got "
+      f"{context_length!r}"
+    )
+  return b, t, heads
+
+
+def _gate(residual: Any, wanted: tuple[int, int, int]) -> jax.Array:
+  residual = arguments.floating("residual", residual)
+  try:
+    return jnp.broadcast_to(residual, wanted)
+  except ValueError:
+    raise ValueError(
+      f"residual must be broadcastable to [B, T, H] = {list(wanted)}, got "
+      f"{list(residual.shape)}"
+    ) from None
+
+
+def _cut(q, k, v, first, size):
+  """The two parts in blocks, zero where a block has no token."""
+  heads = q.shape[2]
+  lengths = []
+  for length in (first, q.shape[1] - first):
+    whole, rest = divmod(length, size)
+    lengths += [size] * whole + [rest] * bool(rest)
+
+  def cut(x):
+    x = jnp.repeat(jnp.swapaxes(x, 1, 2), heads // x.shape[2], axis=1)
+    parts = jnp.split(x, [first], axis=2)
+    padded = [padding.to_multiple(part, 2, size) for part in parts]
+    return statistics.split(jnp.concatenate(padded, axis=2), size)
+
+  return _Blocks(cut(q), cut(k), cut(v), jnp.asarray(lengths, jnp.int32))
+
+
+def _join(x, first, length):
+  """[B, H, N, block, V] to [B, T, H, V]."""
+  b, h, _, size, width = x.shape
+  x = x.reshape(b, h, -1, width)
+  start = problem.num_blocks(first, size) * size
+  parts = x[:, :, :first], x[:, :, start : start + length - first]
+  return jnp.swapaxes(jnp.concatenate(parts, axis=2), 1, 2)
+
+
+def _take(x, numbers):
+  """[B, H, N, ..] at [B, H, n] of block numbers."""
+  numbers = numbers.reshape(*numbers.shape, *(1,) * (x.ndim - 3))
+  return jnp.take_along_axis(x, numbers, axis=2)
+
+
+def _best_context(weights, keep):
+  """The context blocks with most of the target's weights: int32 [B, H, n]."""
+  importance = jnp.sum(weights, axis=2)
+  number = max(1, int(choose.rounded(keep, importance.shape[-1])))
+  _, best = jax.lax.top_k(importance, number)
+  return jnp.sort(best, axis=-1)
+
+
+def _keys(blocks, kept):
+  """Keys, values and lengths of the blocks that are kept."""
+  lengths = jnp.broadcast_to(blocks.lengths, blocks.k.shape[:3])
+  return tuple(_take(x, kept) for x in (blocks.k, blocks.v, lengths))
+
+
+def _order(weights, num_target, sharp):
+  """Query blocks, the sharpest first, [B, H, N], and how many are sharp."""
+  top = max(1, int(_SHARPNESS * num_target))
+  best, _ = jax.lax.top_k(weights[..., :num_target], top)
+  sharpness = jnp.sum(best, axis=-1)
+  order = jnp.argsort(-sharpness, axis=-1)
+  return order, int(sharp * order.shape[-1] + 0.5)
+
+
+def _attend(q, keys, lists, *, options, implementation):
+  """[B, H, n, block, K] queries to [B, H, n, block, V]."""
+  flat = lambda x: jnp.swapaxes(x.reshape(*x.shape[:2], -1, x.shape[-1]), 1, 2)
+  k, v, lengths = keys
+  inputs = problem.Inputs(
+    flat(q), flat(k), flat(v), lists.indices, lists.counts, lengths
+  )
+  out = api.attend(inputs, options, None, False, implementation)
+  out = jnp.swapaxes(out, 1, 2)
+  return out.reshape(*q.shape[:-1], out.shape[-1])
