@@ -9,8 +9,9 @@ data go through every choice of blocks (top-k, with the first block, with
 PISA's covariance term, threshold, top-p, and an oracle that knows the
 attention), with every tail, at several densities; beside them stand a sliding
 window and the best tokens of each query, at the density that the top-k blocks
-achieve, for images also raster order and, with a context, ISA's grouping. The
-error is that of the output, relative, by head.
+achieve, for images also raster order, and ISA's grouping of images with a
+context and of text, whose first half is the context. The error is that of the
+output, relative, by head.
 
 With --sample whole models attend that way, which were trained to attend
 fully: the DiTs draw the same samples with dense, piecewise and in-context

@@ -48,7 +48,8 @@ def mix(
 
   Raises:
     ValueError: for `segment_ids` where "window" has sinks, which are the
-      first tokens of a row and not of each segment.
+      first tokens of a row and not of each segment, and where "in_context"
+      has a context; for a row that is no longer than this.
   """
   mixer = cfg.pattern[position]
   if mixer == "full":
@@ -64,6 +65,8 @@ def mix(
       causal=True,
       segment_ids=segment_ids,
     )
+  if mixer == "in_context":
+    return _in_context(q, k, v, cfg, segment_ids)
   if segment_ids is not None and cfg.sink:
     raise ValueError(
       f"segment_ids: the mixer 'window' has sink={cfg.sink} first tokens of a "
@@ -78,6 +81,30 @@ def mix(
     block_q=cfg.block_size,
     block_kv=cfg.block_size,
     segment_ids=segment_ids,
+  )
+
+
+def _in_context(q, k, v, cfg, segment_ids):
+  if segment_ids is not None:
+    raise ValueError(
+      "segment_ids: the mixer 'in_context' has a context of a row, not of each "
+      "segment; allowed: None"
+    )
+  if cfg.context >= q.shape[1]:
+    raise ValueError(
+      f"context: got {cfg.context}; allowed: less than the {q.shape[1]} tokens "
+      "of a row"
+    )
+  return ops.in_context_attention(
+    q,
+    k,
+    v,
+    context_length=cfg.context,
+    keep=cfg.keep,
+    sharp=cfg.sharp,
+    density=cfg.density,
+    block_size=cfg.block_size,
+    causal=True,
   )
 
 
@@ -98,8 +125,9 @@ def max_logits(
     q: as for `mix`, and so all others.
     k: `[B, T, G, K]`.
     cfg: the model.
-    position: of the layer in the pattern. The mixer "sparse" chooses among
-      all earlier positions; the maximum is over all of them.
+    position: of the layer in the pattern. The mixers "sparse" and
+      "in_context" choose among all earlier positions; the maximum is over all
+      of them.
     segment_ids: int `[B, T]`.
 
   Returns:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 # What a layer may mix its tokens by: softmax attention to every token, to a
 # window, or to chosen blocks, or one of `models.mixers`.
-SOFTMAX = ("full", "window", "sparse")
+SOFTMAX = ("full", "window", "sparse", "in_context")
 LINEAR = ("mdn", "gdn", "kda", "gla", "linear", "mamba2")
 MIXERS = SOFTMAX + LINEAR
 
@@ -20,6 +20,7 @@ _POSITIVE = (
   "d_ff",
   "conv_width",
   "block_size",
+  "context",
 )
 _CHOICES = {
   "remat": ("none", "full", "dots"),
@@ -86,16 +87,22 @@ class Config:
       is softmax attention everywhere, `("gdn", "gdn", "gdn", "full")` a 3:1
       hybrid; "gdn,gdn,gdn,full" is read as that tuple. "window" is softmax
       attention to the last tokens and the first, "sparse" to chosen blocks,
-      with the other blocks pooled (`kernels_pallas.piecewise_attention`); the
-      rest is in `models.mixers`.
+      with the other blocks pooled (`kernels_pallas.piecewise_attention`),
+      "in_context" to these in what is kept of a row's first tokens
+      (`kernels_pallas.in_context_attention`); the rest is in `models.mixers`.
     window: tokens, itself included, that a query of "window" sees: one number,
       one per query head, or one per query head for each "window" of `mixers`,
       in order (MoA, arXiv:2406.14909).
     sink: first tokens that "window" sees besides.
-    density: share of the blocks that "sparse" attends to exactly.
-    block_size: tokens of a block of "window" and "sparse".
+    density: share of the blocks that "sparse" attends to exactly, and most
+      query blocks of "in_context".
+    block_size: tokens of a block of "window", "sparse" and "in_context".
     tail: what becomes of the other blocks of "sparse", as for
       `kernels_pallas.block_sparse_attention`.
+    context: of "in_context", how many tokens at the start of a row are the
+      context, of which the others see only a part.
+    keep: which share of it.
+    sharp: of "in_context", the share of query blocks that attend fully.
     linear_heads: value heads of the linear mixers; 0 means H.
     linear_key_heads: query and key heads of the linear mixers, a divisor of
       their value heads; 0 means as many.
@@ -138,6 +145,9 @@ class Config:
   tail: Literal["drop", "mean", "mean_global", "mean_local", "mean_var"] = (
     "mean"
   )
+  context: int = 256
+  keep: float = 0.125
+  sharp: float = 0.5
   linear_heads: int = 0
   linear_key_heads: int = 0
   linear_key_dim: int = 0
@@ -225,7 +235,10 @@ class Config:
       f"numbers of at least 1, {sorted(allowed)} of them",
     )
     _check("sink", self.sink >= 0, self.sink, "at least 0")
-    _check("density", 0 < self.density <= 1, self.density, "in (0, 1]")
+    for name in ("density", "keep"):
+      value = getattr(self, name)
+      _check(name, 0 < value <= 1, value, "in (0, 1]")
+    _check("sharp", 0 <= self.sharp <= 1, self.sharp, "in [0, 1]")
 
   @property
   def kv_heads(self) -> int:

@@ -2,8 +2,8 @@
 
 Softmax attention keeps keys and values, all of them or as a policy has it
 (`models.cache_policies`), a linear mixer a state of constant size. The mixer
-"window" keeps its window and its first tokens; "sparse" reads all keys there
-are, for one query has no block of queries to choose for.
+"window" keeps its window and its first tokens; "sparse" and "in_context" read
+all keys there are, for one query has no block of queries to choose for.
 
 Dimensions: B batch, T length, V vocabulary.
 """
@@ -48,7 +48,8 @@ def init_cache(
     cfg: the model.
     batch: B.
     max_length: at least 1.
-    policy: what the layers "full" and "sparse" keep; None is everything.
+    policy: what the layers "full", "sparse" and "in_context" keep; None is
+      everything.
 
   Returns:
     The cache, which knows its policies: decoding needs not be told.

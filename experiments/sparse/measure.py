@@ -18,13 +18,14 @@ import kernels_pallas
 from experiments.sparse import choices
 from experiments.sparse.sources import Source
 from kernels_pallas.sparse import blocks as block_lists
-from kernels_pallas.sparse import problem
+from kernels_pallas.sparse import in_context, problem, select, statistics
 
 TAILS = problem.TAILS
 # Of in-context attention: several `sharp`, the published one last, and the
 # published `keep` and `density` of flat queries.
 SHARP = (0.1, 0.25, 0.5)
 KEEP, FLAT = 0.125, 0.0625
+_GROUPED_TAILS = ("drop", "mean", "mean_global")
 # A float32 softmax of some thousand scores and its weighted mean: rounding
 # errors of 2**-24 that grow with the root of their number, and exponentials
 # of scores of some ten.
@@ -42,6 +43,7 @@ _in_context = jax.jit(
     "sharp",
     "density",
     "block_size",
+    "causal",
   ),
 )
 
@@ -239,25 +241,64 @@ class Layer:
     }
 
   def grouped(self, sharp: float) -> dict[str, Any]:
-    """In-context attention, and top-k with the same number of exact blocks."""
+    """In-context attention, and top-k with the same number of exact blocks.
+
+    Of text the first half is the context, and the second, the target, is what
+    errors and blocks are counted of.
+    """
     source, layer = self._source, self._dense
-    density = in_context_density(self._number, sharp)
+    start = self._number // 2 * source.block if source.causal else 0
     out = _in_context(
       *layer.qkv,
-      context_length=source.context,
+      context_length=start or source.context,
       keep=KEEP,
       sharp=sharp,
       density=FLAT,
       block_size=source.block,
+      causal=source.causal,
     )
-    uniform = self.choice("topk", density, ("drop", "mean", "mean_global"))
+    density = in_context_density(self._number, sharp)
+    if source.causal:
+      density = self._continued_density(sharp)
+    uniform = self.lists("topk", density)
+    outs = {"in_context": out} | {
+      tail: self.attend(uniform, tail) for tail in _GROUPED_TAILS
+    }
+    counts = uniform.counts[:, :, start // source.block :]
     return {
       "choice": "in_context",
       "sharp": sharp,
       "density": rounded([density])[0],
-      "error": {"in_context": error(out, layer.out), **uniform["error"]},
-      "uniform": uniform["achieved"],
+      "error": {
+        name: error(x[:, start:], layer.out[:, start:])
+        for name, x in outs.items()
+      },
+      "uniform": rounded(
+        np.asarray(counts.sum(axis=-1).mean(axis=0)) / self._seen_by_target()
+      ),
     }
+
+  def _seen_by_target(self) -> float:
+    """Pairs of blocks of which the target's queries see some key."""
+    number = self._number
+    if not self._source.causal:
+      return number**2
+    return number * (number + 1) / 2 - number // 2 * (number // 2 + 1) / 2
+
+  def _continued_density(self, sharp: float) -> float:
+    """The share of the blocks that a text's target attends to exactly."""
+    block, number = self._source.block, self._number
+    q, k = (
+      statistics.mean(
+        statistics.split(jnp.swapaxes(x, 1, 2), block), jnp.full(number, block)
+      )
+      for x in self._dense.qkv[:2]
+    )
+    scale = self._source.q.shape[-1] ** -0.5
+    scores = select.pooled_scores(q, k, scale)
+    _, part = in_context.causal_parts(scores, number // 2, KEEP, sharp, FLAT)
+    listed = float(part.lists.counts.sum(axis=-1).mean())
+    return listed / self._seen_by_target()
 
 
 def in_context_density(number: int, sharp: float) -> float:
@@ -294,9 +335,13 @@ def study(
         yield layer.mask(name, density)
       else:
         yield layer.choice(name, density, TAILS)
-  if source.context and source.tile:
+  if _has_context(source):
     for sharp in SHARP:
       yield layer.grouped(sharp)
+
+
+def _has_context(source: Source) -> bool:
+  return source.causal or bool(source.context and source.tile)
 
 
 def names(source: Source) -> tuple[str, ...]:
@@ -312,5 +357,5 @@ def names(source: Source) -> tuple[str, ...]:
 
 def count(source: Source, densities: Sequence[float]) -> int:
   """How many results `study` yields."""
-  more = len(SHARP) if source.context and source.tile else 0
+  more = len(SHARP) if _has_context(source) else 0
   return 1 + len(names(source)) * len(densities) + more

@@ -94,13 +94,17 @@ class Results:
     for record in self.layers:
       for result in record["results"]:
         if result["choice"] == "in_context":
-          out.setdefault(result["density"], []).append(result["error"])
+          out.setdefault(result["sharp"], []).append(result)
+    mean = lambda values: float(np.mean(list(values)))
     return [
       (
-        density,
-        {name: float(np.mean([e[name] for e in errors])) for name in errors[0]},
+        mean(r["density"] for r in results),
+        {
+          name: mean(r["error"][name] for r in results)
+          for name in results[0]["error"]
+        },
       )
-      for density, errors in sorted(out.items())
+      for _, results in sorted(out.items())
     ]
 
 

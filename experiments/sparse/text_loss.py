@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import errors
-from experiments.sparse import sources
+from experiments.sparse import measure, sources
 from models import transformer
 
 TAILS = ("drop", "mean", "mean_global")
@@ -40,7 +40,11 @@ class Method:
 def methods(
   length: int, block: int, densities: Sequence[float]
 ) -> list[Method]:
-  """Dense attention, blocks with every tail, and windows of the same share.
+  """Dense attention, blocks with every tail, windows, in-context attention.
+
+  A window has the share of the blocks before it. In-context attention's own
+  depends on the data; its bound is where the query blocks that see most are
+  the sharp ones. The first half of a row is its context.
 
   Args:
     length: T, whole blocks.
@@ -65,7 +69,33 @@ def methods(
     window = int(sizes[np.argmin(np.abs(np.array(shares) - share))])
     fields = dict(mixers=("window",), window=(window,), sink=4)
     out.append(Method(f"window of {window} and 4 sinks", share, fields))
+  number = length // block
+  for sharp in measure.SHARP if number > 1 else ():
+    fields = dict(
+      mixers=("in_context",),
+      context=number // 2 * block,
+      keep=measure.KEEP,
+      sharp=sharp,
+      density=measure.FLAT,
+      block_size=block,
+    )
+    share = _most_in_context(number, block, sharp)
+    out.append(Method(f"in-context, sharp {sharp:g}, at most", share, fields))
   return out
+
+
+def _most_in_context(number: int, block: int, sharp: float) -> float:
+  """The largest share of exact pairs that in-context attention may have."""
+  half = number // 2
+  kept = max(1, int(measure.KEEP * half + 1e-9))
+  listed = []
+  for rows, before in ((half, 0), (number - half, kept)):
+    seen = before + np.arange(1, rows + 1)
+    full = seen > seen[-1] - int(sharp * rows + 0.5)
+    flat = np.maximum(1, np.floor(measure.FLAT * seen + 1e-9))
+    listed.append(np.where(full, seen, flat))
+  pairs = np.concatenate(listed) - 0.5 + 0.5 / block
+  return float(pairs.sum() / (np.arange(number) + 0.5 + 0.5 / block).sum())
 
 
 def compare(

@@ -10,13 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import arguments, padding, products
-from kernels_pallas.sparse import (
-  api,
-  choose,
-  problem,
-  select,
-  statistics,
-)
+from kernels_pallas.sparse import api, choose, problem, select, statistics
+from kernels_pallas.sparse import blocks as block_lists
 
 # The share of coarse weights whose sum says how sharp a query block is.
 _SHARPNESS = 0.0625
@@ -184,42 +179,68 @@ def _both_ways(blocks, decisions, run):
   return _take(jnp.concatenate(parts, axis=2), jnp.argsort(order, axis=-1))
 
 
-def _causal(blocks, decisions, run):
-  """Context first, no token sees a later one: [B, H, N, block, V]."""
-  scores, num_context, keep, sharp, density = decisions
+class Part(NamedTuple):
+  """What some consecutive query blocks attend to, causally.
+
+  Attributes:
+    start: the first of them.
+    stop: the one after the last.
+    kept: int32 `[B, H, m + n]`, the m key blocks before them that are kept,
+      then the n own ones.
+    lists: for each of the n, of places in `kept`.
+  """
+
+  start: int
+  stop: int
+  kept: jax.Array
+  lists: block_lists.BlockIndices
+
+
+def causal_parts(
+  scores: jax.Array, num_context: int, keep: float, sharp: float, density: float
+) -> tuple[Part, Part]:
+  """Decides what the context's and the target's query blocks attend to.
+
+  Args:
+    scores: `[B, H, N, N]`, of mean queries and keys, the context first.
+    num_context: how many blocks are the context's.
+    keep: as for `in_context_attention`, and so the others.
+    sharp: share of the query blocks of each part.
+    density: share of the key blocks for the other query blocks.
+  """
   b, h, num, _ = scores.shape
   past = jnp.tril(jnp.ones((num, num), bool))
   weights = jax.nn.softmax(jnp.where(past, scores, problem.MASKED), axis=-1)
   best = _best_context(weights[:, :, num_context:, :num_context], keep)
-  every = lambda *ends: jnp.broadcast_to(
-    jnp.arange(*ends), (b, h, ends[-1] - ends[0])
-  )
-  parts = []
-  for start, stop, before in (
-    (0, num_context, best[..., :0]),
-    (num_context, num, best),
-  ):
-    kept = jnp.concatenate([before, every(start, stop)], axis=-1)
-    rows = jnp.take_along_axis(
-      scores[:, :, start:stop], kept[:, :, None], axis=3
-    )
-    lists = _causal_lists(rows, sharp, density)
-    # Blocks of queries that nobody asks for, each with a list of its own
-    # block, give the others the place after what is kept.
-    idle = before.shape[-1]
+
+  def part(start, stop, before):
+    own = jnp.broadcast_to(jnp.arange(start, stop), (b, h, stop - start))
+    kept = jnp.concatenate([before, own], axis=-1)
+    rows = scores[:, :, start:stop]
+    rows = jnp.take_along_axis(rows, kept[:, :, None], axis=3)
+    return Part(start, stop, kept, _causal_lists(rows, sharp, density))
+
+  return part(0, num_context, best[..., :0]), part(num_context, num, best)
+
+
+def _causal(blocks, decisions, run):
+  """Context first, no token sees a later one: [B, H, N, block, V]."""
+  out = []
+  for start, stop, kept, lists in causal_parts(*decisions):
+    # Query blocks that nobody asks for, each with a list of its own block,
+    # give the others their places after what is kept.
+    idle = kept.shape[-1] - (stop - start)
     unasked = jnp.broadcast_to(
-      jnp.arange(idle)[:, None], (b, h, idle, lists.indices.shape[-1])
+      jnp.arange(idle)[:, None],
+      (*kept.shape[:2], idle, lists.indices.shape[-1]),
     )
-    lists = lists._replace(
-      indices=jnp.concatenate([unasked, lists.indices], axis=2),
-      counts=jnp.pad(
-        lists.counts, ((0, 0), (0, 0), (idle, 0)), constant_values=1
-      ),
-    )
-    q = blocks.q[:, :, start:stop]
-    q = jnp.pad(q, ((0, 0), (0, 0), (idle, 0), (0, 0), (0, 0)))
-    parts.append(run(q, _keys(blocks, kept), lists)[:, :, idle:])
-  return jnp.concatenate(parts, axis=2)
+    indices = jnp.concatenate([unasked, lists.indices], axis=2)
+    added = ((0, 0), (0, 0), (idle, 0))
+    counts = jnp.pad(lists.counts, added, constant_values=1)
+    q = jnp.pad(blocks.q[:, :, start:stop], (*added, (0, 0), (0, 0)))
+    lists = block_lists.BlockIndices(indices, counts)
+    out.append(run(q, _keys(blocks, kept), lists)[:, :, idle:])
+  return jnp.concatenate(out, axis=2)
 
 
 def _causal_lists(scores, sharp, density):

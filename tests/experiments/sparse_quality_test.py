@@ -255,7 +255,8 @@ def test_tables_and_figures(tmp_path):
     results.append(
       {
         "choice": "in_context",
-        "density": 0.15,
+        "sharp": 0.5,
+        "density": 0.1 * (1 + number),
         "error": {"in_context": [0.2, 0.4], "drop": [0.5, 0.5]},
       }
     )
@@ -323,7 +324,7 @@ def test_a_study_of_trained_models(small_dit, tmp_path, monkeypatch, capsys):
       found = result["error"].values()
       assert np.isfinite(list(found)).all() and np.min(list(found)) >= 0
   text = {r["choice"] for r in lines[0]["results"]}
-  assert text == {"topk", "topk_sink", *choices.MASKS}
+  assert text == {"topk", "topk_sink", "in_context", *choices.MASKS}
   for name in ("text", "smoke"):
     for suffix in (".png", ".svg"):
       assert (tmp_path / f"record_{name}{suffix}").stat().st_size > 10_000
@@ -339,7 +340,8 @@ def test_a_study_of_trained_models(small_dit, tmp_path, monkeypatch, capsys):
   given = dataclasses.replace(given, sample=True, densities=(1.0,))
   sparse_quality.take_losses(given)
   *_, record = records.read(given.record)
-  full, blocks, window = (r["loss"] for r in record["results"])
+  full, blocks, window, in_context = (r["loss"] for r in record["results"])
+  assert full != in_context == pytest.approx(full, abs=0.1)
   # Everything is exact, and the record has five decimals.
   assert full == pytest.approx(blocks, abs=2e-5)
   assert full == pytest.approx(window, abs=2e-5)
@@ -379,13 +381,27 @@ def test_shares_of_the_losses_methods():
       exact = seen & (far < method.fields["window"][0])
       # The nearest whole window.
       assert abs(exact.sum() / seen.sum() - method.share) < 1 / length
-    else:
+    elif method.fields["mixers"] == ("sparse",):
       exact = 0
       for i in range(length // block):
         rows = seen[i * block : (i + 1) * block]
         listed = max(1, int(0.3 * (i + 1)))  # its own and whole ones
         exact += rows[:, i * block :].sum() + (listed - 1) * block**2
       assert exact / seen.sum() == pytest.approx(method.share)
+
+
+def test_bound_of_in_context_attention():
+  """Four blocks of context, one of which stays, and four of the target."""
+  found = {
+    m.fields["sharp"]: m.share
+    for m in text_loss.methods(64, 8, ())
+    if m.fields["mixers"] == ("in_context",)
+  }
+  # Two sharp ones of each part: 3 + 4 and 4 + 5 blocks, and one of each other.
+  blocks = (1 + 1 + 3 + 4) + (1 + 1 + 4 + 5)
+  pairs = blocks * 8**2 - 8 * (8 * 7 / 2)
+  assert found[0.5] == pytest.approx(pairs / (64 * 65 / 2))
+  assert found[0.1] < found[0.25] < found[0.5]
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,9 @@ class WindowTest(parameterized.TestCase):
     ({"sink": -1}, "sink: got -1; allowed: at least 0"),
     ({"density": 0.0}, r"density: got 0.0; allowed: in \(0, 1\]"),
     ({"density": 1.5}, "density: got 1.5"),
+    ({"keep": 0.0}, r"keep: got 0.0; allowed: in \(0, 1\]"),
+    ({"sharp": -0.1}, r"sharp: got -0.1; allowed: in \[0, 1\]"),
+    ({"context": 0}, "context: got 0; allowed: at least 1"),
     ({"block_size": 0}, "block_size: got 0; allowed: at least 1"),
     ({"tail": "median"}, "tail: got 'median'; allowed: one of"),
   )
@@ -189,6 +192,47 @@ class SparseTest(parameterized.TestCase):
     assert_close(got[:, :4], want[:, :4])
     error = np.linalg.norm(got - want) / np.linalg.norm(want)
     self.assertBetween(error, 1e-4, 1)
+
+
+class InContextTest(parameterized.TestCase):
+  CFG = dataclasses.replace(
+    CFG, num_layers=2, mixers=("in_context",), window=(6,), context=10,
+    keep=0.4, sharp=0.5, density=0.4,
+  )  # fmt: skip
+
+  def test_everything_kept_and_sharp_is_full_attention(self):
+    cfg = dataclasses.replace(self.CFG, keep=1.0, sharp=1.0)
+    params, tokens = setup(cfg)
+    full = dataclasses.replace(cfg, mixers=("full",))
+    want = jitted(transformer.apply, cfg=full)(params, tokens).logits
+    got = jitted(transformer.apply, cfg=cfg)(params, tokens).logits
+    assert_close(got, want)
+    # One token at a time it reads everything, whatever is kept.
+    prefill = jitted(decode.prefill, cfg=self.CFG)
+    cache = transformer.init_cache(self.CFG, 2, LENGTH)
+    assert_close(prefill(params, cache, tokens)[0], want[:, -1])
+
+  def test_the_context_does_not_see_the_target(self):
+    params, tokens = setup(self.CFG)
+    run = jitted(transformer.apply, cfg=self.CFG)
+    got = run(params, tokens).logits
+    later = tokens.at[:, 10:].set((tokens[:, 10:] + 7) % 29)
+    np.testing.assert_array_equal(
+      run(params, later).logits[:, :10], got[:, :10]
+    )
+    full = dataclasses.replace(self.CFG, mixers=("full",))
+    want = jitted(transformer.apply, cfg=full)(params, tokens).logits
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    self.assertBetween(error, 1e-4, 1)
+
+  def test_rows_it_cannot_take(self):
+    params, tokens = setup(self.CFG)
+    with self.assertRaisesRegex(ValueError, "context: got 10; allowed: less"):
+      transformer.apply(params, tokens[:, :10], cfg=self.CFG)
+    with self.assertRaisesRegex(ValueError, "segment_ids: the mixer 'in_cont"):
+      transformer.apply(
+        params, tokens, cfg=self.CFG, segment_ids=jnp.zeros_like(tokens)
+      )
 
 
 class QkvTest(parameterized.TestCase):
