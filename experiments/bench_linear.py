@@ -24,7 +24,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 from experiments import (
@@ -41,9 +40,6 @@ from kernels_pallas.linear import problem
 
 MODES = contender.MODES
 SCAN, PEER = "reference", "jla"
-
-# Short calls are repeated within a turn until they last this long.
-_TURN_SECONDS, _MAX_CALLS = 0.1, 20
 
 
 class DisagreementError(Exception):
@@ -145,10 +141,7 @@ class Trial:
     for mode in MODES:
       turns = {n: x for n, x in self.sides.items() if mode in x.modes}
       warm = {name: side.seconds(mode, 1) for name, side in turns.items()}
-      calls = {
-        name: int(np.clip(_TURN_SECONDS / seconds, 1, _MAX_CALLS))
-        for name, seconds in warm.items()
-      }
+      calls = {name: contender.calls(seconds) for name, seconds in warm.items()}
       out[mode] = {name: [] for name in turns}
       for _ in range(rounds):
         for name, side in turns.items():

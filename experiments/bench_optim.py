@@ -191,15 +191,16 @@ def measure(
       contenders.unstack(x, cfg.num_layers) for x in (stacked, grads)
     ),
   }
-  steps, seconds, first = {}, {}, {}
+  steps, seconds, first, calls = {}, {}, {}, {}
   for name, side in sides.items():
     params, g = layouts[side.layout]
     steps[name] = contender.Update(side.tx, side.prepare(params), g)
     first[name] = steps[name].seconds(1)
+    calls[name] = contender.calls(steps[name].seconds(1))
     seconds[name] = []
   for _ in range(rounds):
     for name, step in steps.items():
-      seconds[name].append(step.seconds(1))
+      seconds[name].append(step.seconds(calls[name]))
   base = seconds[next(iter(sides))]
   wanted = contenders.targets(native).get(group, {})
   return out | {

@@ -17,6 +17,14 @@ MODES = ("forward", "gradient")
 
 Arrays = Mapping[str, jax.Array]
 
+# Short calls are repeated within a turn until they last this long.
+_TURN_SECONDS, _MAX_CALLS = 0.1, 20
+
+
+def calls(seconds: float) -> int:
+  """How many calls of so many seconds make a turn."""
+  return int(np.clip(_TURN_SECONDS / seconds, 1, _MAX_CALLS))
+
 
 class Contender:
   """A function of some arrays, compiled forward and with its gradient.
