@@ -62,14 +62,14 @@ def in_context_attention(
   Both parts are cut into blocks of their own, whose last ones have their true
   lengths. Decisions have no gradient; all else, the residual included, has.
 
-  `causal` is for a language model, of whose context a continuation comes after
-  it (ours; the paper has none): tokens are in the order of time, the context
-  first, and none attends to a later one. The context's tokens attend to all
-  of their past, the target's to what is kept of the context and to their own
-  past, each in two groups of query blocks as above, with the block that a
-  query lies in always exact. How sharp a block is, is told by the weight on
-  the best of all blocks that it sees. Decisions look at whole blocks, and what
-  is kept at the whole target: more than the past.
+  With `causal`, a form of ours for language models, tokens are in the order of
+  time: the context comes first, and none attends to a later token. The
+  context attends to all of its past, the target to what is kept of the context
+  and to its own past, each in two groups of query blocks as above, told apart
+  by the weight on the best of the blocks that they see; the block that a query
+  lies in is always exact. Decisions look at whole blocks, and what is kept at
+  the whole target, so that they see more than the past. Where some are sharp,
+  `xla` makes every pair of what stays and masks the rest.
 
   Args:
     q: `[B, T, H, K]`, target first, or last where causal.
