@@ -22,7 +22,8 @@ from kernels_pallas.sparse import in_context, problem, select, statistics
 
 TAILS = problem.TAILS
 # Of in-context attention: several `sharp`, the published one last, and the
-# published `keep` and `density` of flat queries.
+# published `keep` and `density` of flat queries. Where it keeps everything,
+# what is left of it is its two groups of queries.
 SHARP = (0.1, 0.25, 0.5)
 KEEP, FLAT = 0.125, 0.0625
 _GROUPED_TAILS = ("drop", "mean", "mean_global")
@@ -240,7 +241,7 @@ class Layer:
       "error": {"drop": error(out, layer.out)},
     }
 
-  def grouped(self, sharp: float) -> dict[str, Any]:
+  def grouped(self, sharp: float, keep: float) -> dict[str, Any]:
     """In-context attention, and top-k with the same number of exact blocks.
 
     Of text the first half is the context, and the second, the target, is what
@@ -251,15 +252,15 @@ class Layer:
     out = _in_context(
       *layer.qkv,
       context_length=start or source.context,
-      keep=KEEP,
+      keep=keep,
       sharp=sharp,
       density=FLAT,
       block_size=source.block,
       causal=source.causal,
     )
-    density = in_context_density(self._number, sharp)
+    density = in_context_density(self._number, sharp, keep)
     if source.causal:
-      density = self._continued_density(sharp)
+      density = self._continued_density(sharp, keep)
     uniform = self.lists("topk", density)
     outs = {"in_context": out} | {
       tail: self.attend(uniform, tail) for tail in _GROUPED_TAILS
@@ -268,6 +269,7 @@ class Layer:
     return {
       "choice": "in_context",
       "sharp": sharp,
+      "keep": keep,
       "density": rounded([density])[0],
       "error": {
         name: error(x[:, start:], layer.out[:, start:])
@@ -285,7 +287,7 @@ class Layer:
       return number**2
     return number * (number + 1) / 2 - number // 2 * (number // 2 + 1) / 2
 
-  def _continued_density(self, sharp: float) -> float:
+  def _continued_density(self, sharp: float, keep: float) -> float:
     """The share of the blocks that a text's target attends to exactly."""
     block, number = self._source.block, self._number
     q, k = (
@@ -296,19 +298,20 @@ class Layer:
     )
     scale = self._source.q.shape[-1] ** -0.5
     scores = select.pooled_scores(q, k, scale)
-    _, part = in_context.causal_parts(scores, number // 2, KEEP, sharp, FLAT)
+    _, part = in_context.causal_parts(scores, number // 2, keep, sharp, FLAT)
     listed = float(part.lists.counts.sum(axis=-1).mean())
     return listed / self._seen_by_target()
 
 
-def in_context_density(number: int, sharp: float) -> float:
+def in_context_density(number: int, sharp: float, keep: float = KEEP) -> float:
   """The share of exact blocks of in-context attention.
 
   Args:
     number: of blocks, half of them the context's.
     sharp: as for `kernels_pallas.in_context_attention`.
+    keep: likewise.
   """
-  kept = number - number // 2 + max(1, int(KEEP * (number // 2) + 1e-9))
+  kept = number - number // 2 + max(1, int(keep * (number // 2) + 1e-9))
   full = int(sharp * number + 0.5)
   flat = max(1, int(FLAT * kept + 1e-9))
   return (full * kept + (number - full) * flat) / number**2
@@ -336,8 +339,9 @@ def study(
       else:
         yield layer.choice(name, density, TAILS)
   if _has_context(source):
-    for sharp in SHARP:
-      yield layer.grouped(sharp)
+    for keep in (KEEP, 1.0):
+      for sharp in SHARP:
+        yield layer.grouped(sharp, keep)
 
 
 def _has_context(source: Source) -> bool:
@@ -357,5 +361,5 @@ def names(source: Source) -> tuple[str, ...]:
 
 def count(source: Source, densities: Sequence[float]) -> int:
   """How many results `study` yields."""
-  more = len(SHARP) if _has_context(source) else 0
+  more = 2 * len(SHARP) if _has_context(source) else 0
   return 1 + len(names(source)) * len(densities) + more

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments import reports
+from experiments.sparse import measure
 
 _COLORS = {
   "drop": "0.45",
@@ -88,12 +89,18 @@ class Results:
         return list(result["error"])
     return []
 
-  def grouped(self) -> list[tuple[float, dict[str, float]]]:
-    """Density and mean errors of in-context attention and its equals."""
+  def grouped(self, keep: float) -> list[tuple[float, dict[str, float]]]:
+    """Density and mean errors of in-context attention and its equals.
+
+    Args:
+      keep: share of the context that it keeps.
+    """
     out = {}
     for record in self.layers:
       for result in record["results"]:
-        if result["choice"] == "in_context":
+        # Records from before it was varied have the published one.
+        kept = result.get("keep", measure.KEEP)
+        if result["choice"] == "in_context" and kept == keep:
           out.setdefault(result["sharp"], []).append(result)
     mean = lambda values: float(np.mean(list(values)))
     return [
@@ -126,9 +133,13 @@ def table(title: str, results: Results) -> str:
       mass = results[choice, tail, _nearest(densities)][1].mean()
       errors = " | ".join(f"{x:.3f}" for x in values)
       lines.append(f"| {choice} | {tail} | {errors} | {mass:.3f} |")
-  for density, errors in results.grouped():
-    text = ", ".join(f"{name} {x:.3f}" for name, x in errors.items())
-    lines.append(f"\nin-context at {density:.3f} exact, beside top-k: {text}")
+  for keep in (measure.KEEP, 1.0):
+    for density, errors in results.grouped(keep):
+      text = ", ".join(f"{name} {x:.3f}" for name, x in errors.items())
+      lines.append(
+        f"\nin-context, {keep:g} kept, at {density:.3f} exact, beside top-k: "
+        f"{text}"
+      )
   return "\n".join(lines)
 
 
@@ -282,7 +293,7 @@ def _layouts(ax, results, raster):
         ms=3,
         label=f"{name}, {tail}",
       )
-  grouped = results.grouped()
+  grouped = results.grouped(measure.KEEP)
   if grouped:
     ax.plot(
       [density for density, _ in grouped],

@@ -234,6 +234,9 @@ def test_exact_blocks_of_in_context_attention(sharp):
   full = {0.1: 3, 0.25: 8, 0.5: 16}[sharp]
   want = (full * 18 + (32 - full) * 1) / 32**2
   assert measure.in_context_density(32, sharp) == want
+  # All stay: 32 blocks, and a sixteenth of them, 2.
+  want = (full * 32 + (32 - full) * 2) / 32**2
+  assert measure.in_context_density(32, sharp, 1.0) == want
 
 
 def test_tables_and_figures(tmp_path):
@@ -267,7 +270,8 @@ def test_tables_and_figures(tmp_path):
   assert lines[2] == "| topk | drop | 0.225 | 0.225 | 0.600 |"
   assert lines[3].startswith("| topk | mean |")
   assert lines[-1] == (
-    "in-context at 0.150 exact, beside top-k: in_context 0.300, drop 0.500"
+    "in-context, 0.125 kept, at 0.150 exact, beside top-k: in_context 0.300, "
+    "drop 0.500"
   )
   np.testing.assert_allclose(found["topk", "mean", 0.1][2][:, 0], [0.2, 0.1])
 
@@ -330,7 +334,8 @@ def test_a_study_of_trained_models(small_dit, tmp_path, monkeypatch, capsys):
       assert (tmp_path / f"record_{name}{suffix}").stat().st_size > 10_000
   printed = capsys.readouterr().out
   assert "| text, sequence: blocks |" in printed
-  assert "in-context at" in printed
+  assert "in-context, 0.125 kept, at" in printed
+  assert "in-context, 1 kept, at" in printed
 
   sparse_quality.measure_heads(given)
   assert records.read(given.record) == lines
