@@ -14,13 +14,14 @@ length all gradients. Then all phases and contenders take turns:
   jax          `jax.nn.dot_product_attention`
 
 Speed is set against the ideal 1 / (density + 1 / block) of a tail of one key
-for each block. One JSON line for each length and tail is appended to
-`experiments/records/bench_sparse.jsonl`.
+for each block. One JSON line for each length, tail and number of queries that
+share a list is appended to `experiments/records/bench_sparse.jsonl`.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -288,46 +289,51 @@ def report(record: Mapping[str, Any]) -> str:
   return "\n".join(lines)
 
 
+def _numbers(flag: str, texts: Sequence[str], least: int) -> list[int]:
+  for text in texts:
+    if not text.isdigit() or int(text) < least:
+      raise errors.UserError(
+        f"--{flag}: got {text!r}, allowed: ints from {least} up"
+      )
+  return [int(text) for text in texts]
+
+
 def main() -> None:
-  """Measures the lengths and tails asked for."""
+  """Measures the lengths, blocks and tails asked for."""
   values = flags.FLAGS
   for tail in values.tails:
     if tail not in problem.TAILS:
       raise errors.UserError(
         f"--tails: got {tail!r}, allowed: {', '.join(problem.TAILS)}"
       )
-  block_q = values.block_q or values.block
+  blocks = _numbers("block_q", values.block_q, 1)
+  lengths = _numbers("lengths", values.lengths, max(values.block, *blocks))
   host_memory.keep_freed()
   modes = contender.MODES if values.gradients else contender.MODES[:1]
-  for text in values.lengths:
-    if not text.isdigit() or int(text) < max(values.block, block_q):
-      raise errors.UserError(
-        f"--lengths: got {text!r}, allowed: ints from --block and --block_q up"
-      )
-    for tail in values.tails:
-      sizes = dict(
-        length=int(text),
-        heads=values.heads,
-        size=values.head_size,
-        block=values.block,
-        block_q=block_q,
-        density=values.density,
-        tail=tail,
-        dtype=values.dtype,
-      )
-      try:
-        trial = Trial(**sizes)
-        record = measure(trial, values.rounds, modes)
-      except DisagreementError as e:
-        sys.exit(f"bench_sparse: {tail} at T {text}: {e}; no time is taken")
-      except ValueError as e:
-        raise errors.UserError(str(e)) from e
-      record = {**sizes, "asked": values.density, **record}
-      record["load"] = os.getloadavg()
-      print(report(record), flush=True)
-      if values.record:
-        os.makedirs(os.path.dirname(values.record) or ".", exist_ok=True)
-        records.append(values.record, {**record, **records.provenance()})
+  for length, block_q, tail in itertools.product(lengths, blocks, values.tails):
+    sizes = dict(
+      length=length,
+      heads=values.heads,
+      size=values.head_size,
+      block=values.block,
+      block_q=block_q,
+      density=values.density,
+      tail=tail,
+      dtype=values.dtype,
+    )
+    try:
+      trial = Trial(**sizes)
+      record = measure(trial, values.rounds, modes)
+    except DisagreementError as e:
+      sys.exit(f"bench_sparse: {tail} at T {length}: {e}; no time is taken")
+    except ValueError as e:
+      raise errors.UserError(str(e)) from e
+    record = {**sizes, "asked": values.density, **record}
+    record["load"] = os.getloadavg()
+    print(report(record), flush=True)
+    if values.record:
+      os.makedirs(os.path.dirname(values.record) or ".", exist_ok=True)
+      records.append(values.record, {**record, **records.provenance()})
 
 
 def _define_flags() -> None:
@@ -337,9 +343,7 @@ def _define_flags() -> None:
   flags.DEFINE_integer("heads", 2, "Heads.", lower_bound=1)
   flags.DEFINE_integer("head_size", 64, "K and V.", lower_bound=1)
   flags.DEFINE_integer("block", 64, "Keys of a block.", lower_bound=1)
-  flags.DEFINE_integer(
-    "block_q", None, "Queries of a block; by default --block.", lower_bound=1
-  )
+  flags.DEFINE_list("block_q", ["64", "128"], "Queries of a list, one or more.")
   flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Of q, k and v."
   )
@@ -348,7 +352,8 @@ def _define_flags() -> None:
   flags.DEFINE_string(
     "record",
     "experiments/records/bench_sparse.jsonl",
-    "The JSON Lines file that gets one record per length and tail; empty: no.",
+    "The JSON Lines file that gets a record per length, block and tail, or "
+    "nothing.",
   )
 
 

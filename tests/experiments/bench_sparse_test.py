@@ -57,15 +57,16 @@ def test_wrong_values_are_not_timed():
   "field, value, words",
   (
     ("tails", ["median"], "--tails: got 'median', allowed: drop, mean"),
-    ("lengths", ["32"], "--lengths: got '32'"),
-    ("block_q", 256, "--lengths: got '128', allowed: .* --block_q up"),
+    ("lengths", ["32"], "--lengths: got '32', allowed: ints from 64 up"),
+    ("block_q", ["256"], "--lengths: got '128', allowed: ints from 256 up"),
+    ("block_q", ["0"], "--block_q: got '0', allowed: ints from 1 up"),
     ("density", 0.0, "density must be a number in \\(0, 1\\], got 0.0"),
   ),
 )
 def test_bad_flags(monkeypatch, field, value, words):
   values = types.SimpleNamespace(
     lengths=["128"], tails=["mean"], density=0.25, heads=1, head_size=4,
-    block=64, block_q=None, dtype="float32", gradients=False, rounds=1,
+    block=64, block_q=["64"], dtype="float32", gradients=False, rounds=1,
     record="",
   )  # fmt: skip
   setattr(values, field, value)
