@@ -125,6 +125,12 @@ class Run:
       cfg = self.config.model.build(self.corpus.tokenizer.vocab_size)
     except ValueError as e:
       raise errors.UserError(f"model: {e}") from e
+    length = self.config.training.seq_len
+    if "in_context" in cfg.pattern and cfg.context >= length:
+      raise errors.UserError(
+        f"model.context: got {cfg.context}; allowed: less than "
+        f"training.seq_len={length} where a mixer is in_context"
+      )
     data.check_vocab(cfg.vocab_size, self.corpus.tokenizer)
     return cfg
 

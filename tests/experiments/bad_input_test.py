@@ -62,6 +62,7 @@ def corpus(tmp_path):
     ("training.batch_size=7 mesh.data=2", ["training.batch_size", "7", "2"]),
     ("mesh.tensor=3", ["3"]),
     ("model.vocab_size=100", ["model.vocab_size", "100", "256"]),
+    ("model.mixers=in_context", ["model.context", "256", "training.seq_len"]),
     ("data.path=/nowhere", ["/nowhere"]),
     ("data.tokenizer=bpe:many", ["bpe:many"]),
     ("data.tokenizer=bites", ["bites", "bytes"]),
