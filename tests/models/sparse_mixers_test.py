@@ -161,77 +161,57 @@ class WindowTest(parameterized.TestCase):
       dataclasses.replace(CFG, **fields)
 
 
-class SparseTest(parameterized.TestCase):
-  CFG = dataclasses.replace(
+class ChosenBlocksTest(parameterized.TestCase):
+  """The mixers that choose blocks, and what makes each exact."""
+
+  SPARSE = dataclasses.replace(
     CFG, num_layers=2, mixers=("sparse",), window=(6,), density=0.4, tail="mean"
   )
+  IN_CONTEXT = dataclasses.replace(
+    CFG, num_layers=2, mixers=("in_context",), window=(6,), context=10,
+    keep=0.4, sharp=0.5, density=0.4,
+  )  # fmt: skip
 
-  def test_density_one_is_full_attention(self):
-    cfg = dataclasses.replace(self.CFG, density=1.0)
+  @parameterized.parameters(
+    (SPARSE, dict(density=1.0)), (IN_CONTEXT, dict(keep=1.0, sharp=1.0))
+  )
+  def test_everything_exact_is_full_attention(self, own, everything):
+    cfg = dataclasses.replace(own, **everything)
     params, tokens = setup(cfg)
     full = dataclasses.replace(cfg, mixers=("full",))
     want = jitted(transformer.apply, cfg=full)(params, tokens).logits
     got = jitted(transformer.apply, cfg=cfg)(params, tokens).logits
     assert_close(got, want)
-    # One token at a time it reads everything, at any density.
-    prefill = jitted(decode.prefill, cfg=self.CFG)
-    cache = transformer.init_cache(self.CFG, 2, LENGTH)
+    # One token at a time it reads everything, whatever it would choose.
+    prefill = jitted(decode.prefill, cfg=own)
+    cache = transformer.init_cache(own, 2, LENGTH)
     assert_close(prefill(params, cache, tokens)[0], want[:, -1])
 
-  def test_sparse_is_causal_and_an_approximation(self):
-    params, tokens = setup(self.CFG)
-    run = jitted(transformer.apply, cfg=self.CFG)
+  # What "in_context" keeps depends on the whole target.
+  @parameterized.parameters((SPARSE, 13), (IN_CONTEXT, 10))
+  def test_it_is_causal_and_an_approximation(self, cfg, start):
+    params, tokens = setup(cfg)
+    run = jitted(transformer.apply, cfg=cfg)
     got = run(params, tokens).logits
-    later = tokens.at[:, 13:].set((tokens[:, 13:] + 7) % 29)
+    later = tokens.at[:, start:].set((tokens[:, start:] + 7) % 29)
     np.testing.assert_array_equal(
-      run(params, later).logits[:, :13], got[:, :13]
+      run(params, later).logits[:, :start], got[:, :start]
     )
-    full = dataclasses.replace(self.CFG, mixers=("full",))
+    full = dataclasses.replace(cfg, mixers=("full",))
     want = jitted(transformer.apply, cfg=full)(params, tokens).logits
     # The first block is exact; later ones are near and not equal.
     assert_close(got[:, :4], want[:, :4])
     error = np.linalg.norm(got - want) / np.linalg.norm(want)
     self.assertBetween(error, 1e-4, 1)
 
-
-class InContextTest(parameterized.TestCase):
-  CFG = dataclasses.replace(
-    CFG, num_layers=2, mixers=("in_context",), window=(6,), context=10,
-    keep=0.4, sharp=0.5, density=0.4,
-  )  # fmt: skip
-
-  def test_everything_kept_and_sharp_is_full_attention(self):
-    cfg = dataclasses.replace(self.CFG, keep=1.0, sharp=1.0)
-    params, tokens = setup(cfg)
-    full = dataclasses.replace(cfg, mixers=("full",))
-    want = jitted(transformer.apply, cfg=full)(params, tokens).logits
-    got = jitted(transformer.apply, cfg=cfg)(params, tokens).logits
-    assert_close(got, want)
-    # One token at a time it reads everything, whatever is kept.
-    prefill = jitted(decode.prefill, cfg=self.CFG)
-    cache = transformer.init_cache(self.CFG, 2, LENGTH)
-    assert_close(prefill(params, cache, tokens)[0], want[:, -1])
-
-  def test_the_context_does_not_see_the_target(self):
-    params, tokens = setup(self.CFG)
-    run = jitted(transformer.apply, cfg=self.CFG)
-    got = run(params, tokens).logits
-    later = tokens.at[:, 10:].set((tokens[:, 10:] + 7) % 29)
-    np.testing.assert_array_equal(
-      run(params, later).logits[:, :10], got[:, :10]
-    )
-    full = dataclasses.replace(self.CFG, mixers=("full",))
-    want = jitted(transformer.apply, cfg=full)(params, tokens).logits
-    error = np.linalg.norm(got - want) / np.linalg.norm(want)
-    self.assertBetween(error, 1e-4, 1)
-
   def test_rows_it_cannot_take(self):
-    params, tokens = setup(self.CFG)
+    cfg = self.IN_CONTEXT
+    params, tokens = setup(cfg)
     with self.assertRaisesRegex(ValueError, "context: got 10; allowed: less"):
-      transformer.apply(params, tokens[:, :10], cfg=self.CFG)
+      transformer.apply(params, tokens[:, :10], cfg=cfg)
     with self.assertRaisesRegex(ValueError, "segment_ids: the mixer 'in_cont"):
       transformer.apply(
-        params, tokens, cfg=self.CFG, segment_ids=jnp.zeros_like(tokens)
+        params, tokens, cfg=cfg, segment_ids=jnp.zeros_like(tokens)
       )
 
 
