@@ -21,12 +21,13 @@ from kernels_pallas.sparse import blocks as block_lists
 from kernels_pallas.sparse import in_context, problem, select, statistics
 
 TAILS = problem.TAILS
+# Where few are enough: none, and the published ones of PISA.
+FEW_TAILS = ("drop", "mean", "mean_global")
 # Of in-context attention: several `sharp`, the published one last, and the
 # published `keep` and `density` of flat queries. Where it keeps everything,
 # what is left of it is its two groups of queries.
 SHARP = (0.1, 0.25, 0.5)
 KEEP, FLAT = 0.125, 0.0625
-_GROUPED_TAILS = ("drop", "mean", "mean_global")
 # A float32 softmax of some thousand scores and its weighted mean: rounding
 # errors of 2**-24 that grow with the root of their number, and exponentials
 # of scores of some ten.
@@ -263,7 +264,7 @@ class Layer:
       density = self._continued_density(sharp, keep)
     uniform = self.lists("topk", density)
     outs = {"in_context": out} | {
-      tail: self.attend(uniform, tail) for tail in _GROUPED_TAILS
+      tail: self.attend(uniform, tail) for tail in FEW_TAILS
     }
     counts = uniform.counts[:, :, start // source.block :]
     return {

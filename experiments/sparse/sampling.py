@@ -24,7 +24,7 @@ from models import dit
 
 # Of piecewise attention where there is no context to match.
 DENSITIES = (0.1, 0.15, 0.25)
-TAILS = ("drop", "mean", "mean_global")
+TAILS = measure.FEW_TAILS
 
 
 @dataclasses.dataclass(frozen=True)

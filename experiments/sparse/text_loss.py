@@ -19,7 +19,7 @@ from experiments import errors
 from experiments.sparse import measure, sources
 from models import transformer
 
-TAILS = ("drop", "mean", "mean_global")
+TAILS = measure.FEW_TAILS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +55,7 @@ def methods(
   for density in densities:
     seen = np.arange(1, length // block + 1)
     listed = np.maximum(1, np.floor(density * seen + 1e-9))
-    # Pairs, of which a query's own block has half.
-    pairs = listed - 0.5 + 0.5 / block
-    share = float(pairs.sum() / (seen - 0.5 + 0.5 / block).sum())
+    share = _share(listed, block)
     for tail in TAILS:
       fields = dict(
         mixers=("sparse",), density=density, tail=tail, block_size=block
@@ -94,8 +92,15 @@ def _most_in_context(number: int, block: int, sharp: float) -> float:
     full = seen > seen[-1] - int(sharp * rows + 0.5)
     flat = np.maximum(1, np.floor(measure.FLAT * seen + 1e-9))
     listed.append(np.where(full, seen, flat))
-  pairs = np.concatenate(listed) - 0.5 + 0.5 / block
-  return float(pairs.sum() / (np.arange(number) + 0.5 + 0.5 / block).sum())
+  return _share(np.concatenate(listed), block)
+
+
+def _share(listed: np.ndarray, block: int) -> float:
+  """The share of pairs in lists of so many blocks, each query's own in them."""
+  seen = np.arange(1, len(listed) + 1)
+  # Of its own block a query sees half.
+  pairs = lambda blocks: (blocks - 0.5 + 0.5 / block).sum()
+  return float(pairs(listed) / pairs(seen))
 
 
 def compare(
