@@ -314,8 +314,8 @@ def main() -> None:
         problem.check_chunk_size(
           None if size == "auto" else int(size),
           shape.length,
-          delta=op != "linear",
-          channels=shape.key if op == "kda" else 0,
+          delta=op not in cases.PLAIN,
+          channels=shape.key if op in cases.CHANNELS else 0,
         )
         for size in values.chunk_sizes
       ]

@@ -63,7 +63,11 @@ OPS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
   "gdn": (kernels_pallas.gated_delta_rule, ("log_decay", "beta")),
   "kda": (kernels_pallas.kda, ("log_decay", "beta")),
   "linear": (kernels_pallas.linear_attention, ("log_decay",)),
+  "gla": (kernels_pallas.linear_attention, ("log_decay",)),
 }
+# With a decay for each channel of the keys; and without the delta rule.
+CHANNELS = ("kda", "gla")
+PLAIN = ("linear", "gla")
 
 
 def make(
@@ -79,7 +83,7 @@ def make(
     k=unit(draw(*tokens, shape.key)),
     v=draw(*tokens, shape.value),
   )
-  channels = (*tokens, shape.key) if op == "kda" else tokens
+  channels = (*tokens, shape.key) if op in CHANNELS else tokens
   # As the layers make them: decays of a few hundredths to a few units.
   gates = dict(
     log_decay=-np.exp(rng.uniform(-4, 1, channels)),

@@ -28,6 +28,8 @@ per-channel decay adds to the scores: a floor, not an estimate.
 
 from __future__ import annotations
 
+from experiments.linear import cases
+
 _BLOCK = 16
 
 
@@ -49,12 +51,12 @@ def forward(op: str, size: int, key: int, value: int) -> float:
   """FLOPs per token and head of a forward pass.
 
   Args:
-    op: "mdn", "gdn", "kda" or "linear".
+    op: a key of `cases.OPS`.
     size: C.
     key: K.
     value: V.
   """
-  if op == "linear":
+  if op in cases.PLAIN:
     return 2 * size * (key + value) + 4 * key * value
   flops = 4 * size * (key + value) + inverse(size)
   if op == "mdn":
@@ -64,7 +66,7 @@ def forward(op: str, size: int, key: int, value: int) -> float:
 
 def backward(op: str, size: int, key: int, value: int) -> float:
   """FLOPs per token and head of the backward pass alone; as `forward`."""
-  if op == "linear":
+  if op in cases.PLAIN:
     return size * (6 * key + 4 * value) + 8 * key * value
   flops = size * (10 * key + 8 * value)
   if op == "mdn":

@@ -16,7 +16,12 @@ import numpy as np
 from experiments import contender, host_memory, workers
 
 # Op to the name that `jla.ops.linear_attention` has for it.
-PEER_KINDS = {"gdn": "gated_deltanet", "kda": "kda", "linear": "simple_gla"}
+PEER_KINDS = {
+  "gdn": "gated_deltanet",
+  "kda": "kda",
+  "linear": "simple_gla",
+  "gla": "gla",
+}
 
 
 def save(

@@ -272,17 +272,40 @@ def step(
     for scale, x in zip(system.p_scale, state, strict=True):
       e = e - scale * products.dot(erase, x, precision=precision)
     e = products.dot(inverse, e, precision=precision)
+  o = read(system, e, state, precision=precision)
+  return o, e, write(system, e, state, precision=precision)
+
+
+def read(
+  system: System,
+  e: jax.Array,
+  state: Columns,
+  *,
+  precision: jax.lax.PrecisionLike = "highest",
+) -> jax.Array:
+  """O of a chunk, `[..., C, V]`, from E and the states that enter it."""
   o = products.dot(system.at, e, precision=precision)
   for scale, x in zip(system.q_scale, state, strict=True):
     o = o + scale * products.dot(system.q, x, precision=precision)
+  return o
+
+
+def write(
+  system: System,
+  e: jax.Array,
+  state: Columns | None,
+  *,
+  precision: jax.lax.PrecisionLike = "highest",
+) -> Columns:
+  """The states at a chunk's end; for None what it adds to them."""
   out = []
   for row, scale in zip(system.decay, system.k_scale, strict=True):
     new = products.dot(system.k, scale * e, ta=True, precision=precision)
-    for d, x in zip(row, state, strict=True):
+    for d, x in zip(row, state or (), strict=state is not None):
       if d is not None:
         new = new + d * x
     out.append(new)
-  return o, e, tuple(out)
+  return tuple(out)
 
 
 def _row_sum(x: jax.Array) -> jax.Array:

@@ -241,9 +241,9 @@ def check_chunk_size(
   The work inside a chunk grows with C where that between chunks shrinks with
   it. CPU cores do no product of 64 rows faster than one of 32, so they want
   larger chunks only where those are light, without an inverse and with scalar
-  decays, and smaller ones where decays per channel outweigh a small state; the
-  sides of an accelerator's matrix units, and a serial walk over chunks, want
-  more.
+  decays, and smaller ones where decays per channel outweigh a small state that
+  has to be walked with; the sides of an accelerator's matrix units, and a
+  serial walk over chunks, want more.
 
   Args:
     chunk_size: as the public functions take it.
@@ -257,7 +257,7 @@ def check_chunk_size(
   if chunk_size is None:
     best = 64
     if jax.default_backend() == "cpu" and (delta or channels):
-      best = 16 if 0 < channels <= 64 else 32
+      best = 16 if delta and 0 < channels <= 64 else 32
     return next(x for x in CHUNK_SIZES if x >= min(best, length))
   if isinstance(chunk_size, bool) or chunk_size not in CHUNK_SIZES:
     raise ValueError(

@@ -1,9 +1,10 @@
 """The chunked form on any platform: no Pallas, only XLA.
 
 A scan takes the states through the chunks. Their systems are made before it,
-all at once, as large batched products; on CPU those of arrays that no cache
-holds are made inside it, chunk by chunk. The backward pass keeps the inputs,
-the inverses and the states that enter each chunk, and makes the systems again.
+all at once, as large batched products, and without the delta rule so is all
+else but the states' decay; on CPU the systems of arrays that no cache holds
+are made inside it, chunk by chunk. The backward pass keeps the inputs, the
+inverses and the states that enter each chunk, and makes the systems again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import padding
+from kernels_pallas import padding, products
 from kernels_pallas.linear import chunk, inverse, layout, problem, vector
 
 # Elements of the keys up to which a CPU makes all systems at once. Beyond it,
@@ -97,6 +98,27 @@ def _solved(tokens, segments, options):
   return system._replace(lower=None), inverses
 
 
+def _carried(system, added, state, reverse=False):
+  """Takes a state, or its cotangent, past chunks that do not ask for it.
+
+  Args:
+    system: of all chunks, without the delta rule.
+    added: `[N, ..., K, V]`, by each chunk.
+    state: one `[..., K, V]`.
+    reverse: whether the last chunk comes first.
+
+  Returns:
+    The state after all chunks, and one `[N, ..., K, V]`, that before each.
+  """
+
+  def walk(state, piece):
+    decay, added = piece
+    return (decay * state[0] + added,), state
+
+  pieces = system.decay[0][0], added
+  return jax.lax.scan(walk, state, pieces, reverse=reverse)
+
+
 def _forward(inputs, segments, options):
   (tokens, v, state), seg = _arranged(inputs, segments, options)
   at_once = _at_once(inputs)
@@ -108,7 +130,14 @@ def _forward(inputs, segments, options):
     return new, (layout.tokens_first(o), inverses, e, state)
 
   made = _solved(tokens, seg, options) if at_once else (tokens, seg)
-  state, (o, inverses, e, entered) = jax.lax.scan(walk, state, (made, v))
+  if at_once and not options.delta:
+    system, inverses = made
+    e = layout.heads_first(v)
+    (added,) = chunk.write(system, e, None)
+    state, entered = _carried(system, added, state)
+    o = layout.tokens_first(chunk.read(system, e, entered))
+  else:
+    state, (o, inverses, e, entered) = jax.lax.scan(walk, state, (made, v))
   length = inputs.q.shape[1]
   b, h = inputs.v.shape[0], inputs.v.shape[2]
   final = tuple(x.reshape(b, h, *x.shape[-2:]) for x in state)
@@ -126,6 +155,9 @@ def _backward(options, residuals, cotangents):
   do = layout.pieces(padding.to_multiple(do, 1, size), size, groups)
   dstate = tuple(layout.state(x, groups) for x in dstate)
   at_once = _at_once(inputs)
+  transpose = functools.partial(
+    chunk.step_vjp, row_sum=chunk.row_sum_by_product
+  )
 
   def build(tokens, seg):
     system, pullback = jax.vjp(lambda x: _system(x, seg, options), tokens)
@@ -134,22 +166,22 @@ def _backward(options, residuals, cotangents):
   def walk(dstate, piece):
     made, inverses, e, entered, do = piece
     system, pullback = (made, lambda x: x) if at_once else build(*made)
-    dsystem, dv, dstate = chunk.step_vjp(
-      system,
-      inverses,
-      e,
-      entered,
-      layout.heads_first(do),
-      dstate,
-      row_sum=chunk.row_sum_by_product,
-    )
+    do = layout.heads_first(do)
+    dsystem, dv, dstate = transpose(system, inverses, e, entered, do, dstate)
     return dstate, (pullback(dsystem), layout.tokens_first(dv))
 
   made = tokens, seg
   if at_once:
     made, pullback = build(tokens, seg)
-  pieces = made, inverses, e, entered, do
-  dstate, (dtokens, dv) = jax.lax.scan(walk, dstate, pieces, reverse=True)
+  if at_once and not options.delta:
+    do = layout.heads_first(do)
+    asked = products.dot(made.q, made.q_scale[0] * do, ta=True)
+    dstate, leaving = _carried(made, asked, dstate, reverse=True)
+    dtokens, dv, _ = transpose(made, inverses, e, entered, do, leaving)
+    dv = layout.tokens_first(dv)
+  else:
+    pieces = made, inverses, e, entered, do
+    dstate, (dtokens, dv) = jax.lax.scan(walk, dstate, pieces, reverse=True)
   if at_once:
     dtokens = pullback(dtokens)
   (dinputs,) = unarrange((dtokens, dv, dstate))

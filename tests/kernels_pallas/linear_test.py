@@ -68,7 +68,7 @@ def test_float64(name, options):
     compare(name, arrays, ids, "float64", cases.F64, **options)
 
 
-@pytest.mark.parametrize("name", quick.cases(NAMES, {"kda", "mdn"}))
+@pytest.mark.parametrize("name", quick.cases(NAMES, {"kda", "linear", "mdn"}))
 def test_systems_made_chunk_by_chunk(name, monkeypatch):
   """As on CPU beyond the sizes of the other tests, in less memory."""
   monkeypatch.setattr(cases, "_jitted", cases.jitted)
@@ -88,7 +88,9 @@ def test_systems_made_chunk_by_chunk(name, monkeypatch):
     compare(name, arrays, ids, "float64", cases.F64, implementation="xla")
 
 
-@pytest.mark.parametrize("name", quick.cases(NAMES, {"gdn", "kda", "mdn"}))
+@pytest.mark.parametrize(
+  "name", quick.cases(NAMES, {"gdn", "gla", "kda", "mdn"})
+)
 @implementations
 def test_float32(name, options):
   arrays = cases.make(cases.MEMBERS[name], SHAPE, seed=1)
