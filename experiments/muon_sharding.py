@@ -28,7 +28,7 @@ import optim
 from experiments import errors
 from jaxlib_ext import hlo, records, sharding, specs, topology
 from models import transformer
-from optim.orthogonal import placement
+from optim.orthogonal import division
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +40,14 @@ class Case:
     mesh: sizes of its axes.
     topology: None for simulated CPU devices.
     overrides: fields of the model's config.
+    experts: feed-forward networks of each layer, where they are a mixture.
   """
 
   preset: str
   mesh: Mapping[str, int]
   topology: str | None = None
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  experts: int = 0
 
 
 _CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -60,6 +62,8 @@ CASES = {
   "350M-v5e": Case("350M", _POD, "v5e:16x16"),
   "5B-v5e": Case("7B", _POD, "v5e:16x16", {"num_layers": 24}),
   "7B-v5e-16": Case("7B", {"fsdp": 4, "tensor": 4}, "v5e:4x4"),
+  "60M-8-moe": Case("60M", _CUBE, None, {"d_ff": 256}, experts=16),
+  "16B-v5e-moe": Case("1B", _POD, "v5e:16x16", {"d_ff": 1408}, experts=64),
 }
 _STEPS = 5
 
@@ -70,19 +74,33 @@ def matrices(case: Case) -> dict[str, specs.ParamSpec]:
   tree = transformer.param_specs(cfg)
   labels = optim.label_params(specs.abstract(tree))
   flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=specs.is_spec)
-  return {
+  out = {
     jax.tree_util.keystr(path): spec
     for (path, spec), label in zip(flat, jax.tree.leaves(labels), strict=True)
     if label == "matrix"
   }
+  if not case.experts:
+    return out
+  return {
+    name: _expert(spec, case.experts) if "mlp" in spec.axes else spec
+    for name, spec in out.items()
+  }
+
+
+def _expert(spec: specs.ParamSpec, count: int) -> specs.ParamSpec:
+  """As many of a layer's matrix, stacked behind the layers."""
+  (layers, *shape), (axis, *axes) = spec.shape, spec.axes
+  return dataclasses.replace(
+    spec, shape=(layers, count, *shape), axes=(axis, None, *axes)
+  )
 
 
 def flops(shapes: list[tuple[int, ...]]) -> float:
-  """Of five steps of the direct form for arrays [layers, d_in, d_out]."""
+  """Of five steps of the direct form for arrays [layers, ..., d_in, d_out]."""
   total = 0
-  for count, *sides in shapes:
-    m, n = sorted(sides)
-    total += count * _STEPS * (4 * m * m * n + 2 * m**3)
+  for *count, d_in, d_out in shapes:
+    m, n = sorted((d_in, d_out))
+    total += math.prod(count) * _STEPS * (4 * m * m * n + 2 * m**3)
   return float(total)
 
 
@@ -143,13 +161,13 @@ def measure(case: Case, naive: bool) -> dict[str, Any]:
 def plan(case: Case) -> list[list[dict[str, Any]]]:
   """How `optim.muon` divides the case's matrices."""
   counts: dict[tuple[int, int], int] = {}
-  for count, *sides in (spec.shape for spec in matrices(case).values()):
-    side = tuple(sorted(sides))
-    counts[side] = counts.get(side, 0) + count
+  for *count, d_in, d_out in (spec.shape for spec in matrices(case).values()):
+    side = tuple(sorted((d_in, d_out)))
+    counts[side] = counts.get(side, 0) + math.prod(count)
   out = []
   for m in sorted({m for m, _ in counts}):
     shapes = [(count, *side) for side, count in counts.items() if side[0] == m]
-    for batch in placement.plan(
+    for batch in division.plan(
       shapes, math.prod(case.mesh.values()), steps=_STEPS, itemsize=2
     ):
       out.append(

@@ -5,13 +5,7 @@ the rest (data); a chain of products of such pieces moves or repeats work at
 every product. Whole matrices need one exchange before the chain and one after
 it: each device gets some of the matrices, and no product is done twice.
 
-Where there are fewer matrices than devices, that leaves devices idle, and the
-largest matrix sets the time. Then matrices of several shapes that share their
-short side m go at once, one to a device, and the longest are cut along their
-long side into strips for 2, 4, ... devices. These add up their Gram matrices
-[m, m] in every step, which may move more than the two exchanges do, so that it
-is done only where it spares enough products. What is left over when a number
-of matrices is divided by that of the devices goes the same way.
+`division` says which matrices go at once and which are cut into strips.
 """
 
 from __future__ import annotations
@@ -28,131 +22,6 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from jaxlib_ext import sharding
-
-# Strips must spare a device so many FLOPs for every byte that they make it
-# receive: about the ratio of a TPU's or GPU's peak in bfloat16 to the
-# bandwidth of its links to the neighbours (v5e: 197e12 / 0.1e12).
-_FLOPS_PER_BYTE = 2000
-
-# How much more than an even share of the work is not worth strips.
-_EVEN_ENOUGH = 1.1
-
-
-class Span(NamedTuple):
-  """Some matrices of one shape.
-
-  Attributes:
-    group: index of the shape.
-    start: the first of them.
-    stop: the one after the last.
-    strips: how many devices share one matrix.
-  """
-
-  group: int
-  start: int
-  stop: int
-  strips: int
-
-
-# Spans that go through the chain at once.
-Batch = tuple[Span, ...]
-
-
-class _Cost(NamedTuple):
-  """Of one step and the busiest device: FLOPs, bytes received for strips."""
-
-  flops: float
-  moved: float
-  batches: list[Batch]
-
-
-def plan(
-  shapes: Sequence[tuple[int, int, int]],
-  devices: int,
-  *,
-  steps: int,
-  itemsize: int,
-  whole: bool = False,
-) -> list[Batch]:
-  """Chooses what goes at once, and what is cut into strips.
-
-  Whole matrices, shape by shape, if that is about an even share for all.
-  Otherwise what a multiple of the devices leaves over may be cut: as long as
-  a device receives no more than its part of a float32 momentum, read and
-  written once, for as few FLOPs as possible; beyond that only where
-  `_FLOPS_PER_BYTE` are spared.
-
-  Args:
-    shapes: (count, m, n) of each group of matrices, with the same m <= n.
-    devices: how many share the work.
-    steps: of the polynomial.
-    itemsize: bytes of an entry that is exchanged.
-    whole: whether to cut none.
-
-  Returns:
-    Batches that hold every matrix once.
-  """
-  plain = _sum(
-    _Cost(-(-count // devices) * _flops(m, n), 0.0, [(Span(i, 0, count, 1),)])
-    for i, (count, m, n) in enumerate(shapes)
-  )
-  even = sum(count * _flops(m, n) for count, m, n in shapes) / devices
-  if whole or plain.flops <= _EVEN_ENOUGH * even:
-    return plain.batches
-  elements = sum(math.prod(shape) for shape in shapes)
-  spare = max(8 - 2 * itemsize, 0) * elements / devices / steps
-  cost = lambda option: (
-    option.flops + _FLOPS_PER_BYTE * max(option.moved - spare, 0.0)
-  )
-  return min([plain, *_with_strips(shapes, devices)], key=cost).batches
-
-
-def _with_strips(shapes, devices) -> list[_Cost]:
-  """Ways to divide what a multiple of the devices leaves over."""
-  even, rest = [], []
-  for i, (count, m, n) in enumerate(shapes):
-    stop = count - count % devices
-    if stop:
-      flops = stop // devices * _flops(m, n)
-      even.append(_Cost(flops, 0.0, [(Span(i, 0, stop, 1),)]))
-    if stop < count:
-      rest.append((i, stop, count, n))
-  m = shapes[0][1]
-  ways = _together(rest, m, devices)
-  # Weighed as if all bytes counted, and as if none did.
-  for weight in (0.0, _FLOPS_PER_BYTE):
-    cost = lambda x, weight=weight: x.flops + weight * x.moved
-    ways.append(_sum(min(_together([x], m, devices), key=cost) for x in rest))
-  return [_sum([*even, way]) for way in ways]
-
-
-def _sum(costs) -> _Cost:
-  flops, moved, batches = zip(*costs, strict=True)
-  return _Cost(sum(flops), sum(moved), [b for some in batches for b in some])
-
-
-def _flops(m: int, n: int) -> float:
-  """Of one step for one strip; the products [m, m] are done by each."""
-  return 4.0 * m * m * n + 2.0 * m**3
-
-
-def _together(rest, m, devices) -> list[_Cost]:
-  """Ways to give each device at most one strip."""
-  widths = {
-    -(-n // 2**k) for *_, n in rest for k in range(devices.bit_length())
-  }
-  out = []
-  for width in sorted(widths):
-    batch = tuple(
-      Span(i, start, stop, 2 ** (-(-n // width) - 1).bit_length())
-      for i, start, stop, n in rest
-    )
-    most = max(span.strips for span in batch)
-    if sum((x.stop - x.start) * x.strips for x in batch) <= devices:
-      # Who shares a matrix exchanges sums in float32, once per doubling.
-      moved = 4.0 * m * m * (most.bit_length() - 1)
-      out.append(_Cost(_flops(m, width), moved, [batch]))
-  return out
 
 
 def take(
@@ -204,16 +73,31 @@ def mesh_of(xs: Sequence[jax.Array]) -> AbstractMesh | None:
   return None if AxisType.Manual in mesh.axis_types else mesh
 
 
-def _sides(mesh: AbstractMesh, xs: Sequence[jax.Array]) -> _Sides:
+def common_side(shapes: Sequence[tuple[int, ...]]) -> int:
+  """The side that most of the matrices' numbers have: a model's width.
+
+  Args:
+    shapes: of arrays [..., m, n]; of none it is 0.
+  """
+  votes = collections.Counter()
+  for shape in shapes:
+    for side in set(shape[-2:]):
+      votes[side] += math.prod(shape)
+  return min(votes, key=lambda side: (-votes[side], side), default=0)
+
+
+def _sides(
+  mesh: AbstractMesh, xs: Sequence[jax.Array], width: int | None
+) -> _Sides:
   """How most of the arrays' numbers are divided.
 
   Where the mesh's axes are explicit, types say it. Over automatic axes
   partitions are not known while tracing, and this is a guess, as in the
   default `sharding.Rules`: parameters are repeated over the axes that divide
-  the batch only (data); of the others the last (tensor) divides the long side
-  and those before it (fsdp) the short one, or a single one the short one: up,
-  gate, down and q are so, o is not. What is divided otherwise gives the same
-  result, for one more exchange.
+  the batch only (data); of the others the last (tensor) divides the side that
+  is not the model's width and those before it (fsdp) the width, or a single
+  one the width: up, gate, down and q are so, o is not. What is divided
+  otherwise gives the same result, for one more exchange.
   """
   names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
   if AxisType.Auto in mesh.axis_types:
@@ -223,6 +107,9 @@ def _sides(mesh: AbstractMesh, xs: Sequence[jax.Array]) -> _Sides:
     ]
     rows = tuple(dividing[:-1] or dividing)
     columns = tuple(dividing[-1:] if len(dividing) > 1 else ())
+    shapes = {x.shape[1:] for x in xs}
+    if any(width == n != m for m, n in shapes):
+      rows, columns = columns, rows
   else:
     votes = collections.Counter()
     for x in xs:
@@ -268,6 +155,7 @@ def spread(
   strips: Sequence[int],
   mesh: AbstractMesh,
   *args: jax.Array,
+  width: int | None = None,
   **static: Any,
 ) -> list[list[jax.Array]]:
   """`fn` of many matrices, an equal share on each device.
@@ -284,6 +172,7 @@ def spread(
       strips together are no more than the devices.
     mesh: from `mesh_of`.
     *args: further arrays that `fn` takes after the matrices.
+    width: the side that the model's width is; None is m.
     **static: hashable keyword arguments of `fn`.
 
   Returns:
@@ -294,7 +183,7 @@ def spread(
     fn=fn,
     strips=tuple(strips),
     mesh=mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names)),
-    sides=_sides(mesh, [x for xs in groups for x in xs]),
+    sides=_sides(mesh, [x for xs in groups for x in xs], width),
     static=tuple(sorted(static.items())),
   )
   if AxisType.Explicit in mesh.axis_types:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optim import numerics
-from optim.orthogonal import gram, placement, schedules
+from optim.orthogonal import division, gram, placement, schedules
 
 Coefficients = schedules.Coefficients
 
@@ -134,7 +134,9 @@ class _Stack(NamedTuple):
   products: _Products
 
 
-def _iterate_stacks(stacks: Sequence[_Stack]) -> list[list[jax.Array]]:
+def _iterate_stacks(
+  stacks: Sequence[_Stack], width: int
+) -> list[list[jax.Array]]:
   """`_iterate` of each stack's parts as one, over the mesh if there is one."""
   mesh = placement.mesh_of([x for stack in stacks for x in stack.parts])
   if mesh is None:
@@ -150,7 +152,7 @@ def _iterate_stacks(stacks: Sequence[_Stack]) -> list[list[jax.Array]]:
       for parts in (stacks[i].parts for i in members)
     ]
     table = stacks[members[0]].table
-    for batch in placement.plan(
+    for batch in division.plan(
       shapes,
       mesh.size,
       steps=table.shape[0],
@@ -167,6 +169,7 @@ def _iterate_stacks(stacks: Sequence[_Stack]) -> list[list[jax.Array]]:
         [x.strips for x in batch],
         mesh,
         table,
+        width=width,
         products=products,
       )
       for x, (which, _), ys in zip(batch, taken, results, strict=True):
@@ -253,7 +256,8 @@ def newton_schulz_list(
     )
     sources.append((members, parts))
   out: list[Any] = [None] * len(xs)
-  results = _iterate_stacks(stacks)
+  width = placement.common_side([x.shape for x in xs])
+  results = _iterate_stacks(stacks, width)
   for (members, parts), ys in zip(sources, results, strict=True):
     for i, part, y in zip(members, parts, ys, strict=True):
       y = y.reshape(part.shape)

@@ -24,6 +24,17 @@ def test_flops_of_one_matrix():
   )
 
 
+def test_experts_are_matrices_of_their_own():
+  case = muon_sharding.CASES["60M-8-moe"]
+  shapes = {x.shape for x in muon_sharding.matrices(case).values()}
+  assert shapes == {(8, 512, 512), (8, 16, 512, 256), (8, 16, 256, 512)}
+  assert muon_sharding.flops([(8, 16, 5, 3)]) == muon_sharding.flops(
+    [(128, 5, 3)]
+  )
+  counts = [x["matrices"] for batch in muon_sharding.plan(case) for x in batch]
+  assert sorted(counts) == [8 * 4, 8 * 16 * 3]
+
+
 def test_plans_hold_all_matrices():
   case = muon_sharding.CASES["5B-v5e"]
   (batch,) = muon_sharding.plan(case)

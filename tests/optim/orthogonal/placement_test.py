@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optim
 from jaxlib_ext import hlo
-from optim.orthogonal import placement, polar
+from optim.orthogonal import division, placement, polar
 
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 UP = PartitionSpec(None, "fsdp", "tensor")
@@ -120,6 +120,35 @@ class PlacementTest(parameterized.TestCase):
     else:  # Not as guessed: each matrix is moved once more each way.
       self.assertGreater(costs.total_collective_bytes, 2 * momentum)
 
+  @parameterized.parameters((CUBE,), ({"fsdp": 8},))
+  def test_experts_narrower_than_the_model(self, axes):
+    # Their short side is not the model's width, which fsdp divides.
+    experts = lambda spec: PartitionSpec(None, *spec)
+    shapes = {
+      "q": ((8, 32, 32), UP),
+      "k": ((8, 32, 16), UP),
+      "gate": ((4, 2, 32, 16), experts(UP)),
+      "up": ((4, 2, 32, 16), experts(UP)),
+      "down": ((4, 2, 16, 32), experts(DOWN)),
+    }
+    mesh = make_mesh(axes)
+    host, divided, where = on_mesh(shapes, mesh)
+    f = lambda tree: dict(
+      zip(tree, polar.newton_schulz_list(list(tree.values())), strict=True)
+    )
+    compiled = jax.jit(f, out_shardings=where).lower(divided).compile()
+    want, got = jax.jit(f)(host), compiled(divided)
+    for name in host:
+      np.testing.assert_allclose(
+        *(np.asarray(x[name], np.float32) for x in (got, want)), atol=2.0**-6
+      )
+    costs = hlo.costs(compiled.as_text())
+    self.assertEqual(costs.collectives["all-to-all"], 4)
+    self.assertNotIn("collective-permute", costs.collectives)
+    parts = math.prod(n for name, n in axes.items() if name != "data")
+    momentum = sum(4 * x.size for x in host.values()) / parts
+    self.assertLess(costs.total_collective_bytes, 1.5 * momentum)
+
   @parameterized.parameters(AxisType.Auto, AxisType.Explicit)
   def test_counts_and_sides_that_do_not_divide(self, kind):
     shapes = {
@@ -171,7 +200,7 @@ class PlacementTest(parameterized.TestCase):
     mesh = make_mesh(CUBE)
     put = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
     divided = [put(x) for x in xs]
-    with absltest.mock.patch.object(placement, "_FLOPS_PER_BYTE", 0):
+    with absltest.mock.patch.object(division, "_FLOPS_PER_BYTE", 0):
       compiled = jax.jit(lambda xs: f(xs)).lower(divided).compile()
     for a, b in zip(compiled(divided), want, strict=True):
       np.testing.assert_allclose(a, b, atol=1e-5)
@@ -197,63 +226,16 @@ class PlacementTest(parameterized.TestCase):
     np.testing.assert_allclose(jax.jit(run)(x), jax.jit(f)(x), atol=1e-5)
 
 
-class PlanTest(absltest.TestCase):
-  def plan(self, shapes, devices, **kwargs):
-    return placement.plan(shapes, devices, steps=5, itemsize=2, **kwargs)
-
-  def test_fewer_matrices_than_devices(self):
-    # 24 layers of LLaMA-7B on 256 devices: 96 matrices whole, 72 in halves.
-    m = 4096
-    shapes = [(96, m, m), (72, m, 11008)]
-    (batch,) = self.plan(shapes, 256)
-    self.assertEqual(batch, ((0, 0, 96, 1), (1, 0, 72, 2)))
-    even = sum(flops(*shape) for shape in shapes) / 256
-    # The halves of the long ones set the time; their [m, m] products are
-    # done twice.
-    self.assertBetween(flops(1, m, 5504) / even, 1.26, 1.27)
-    # Whole matrices, one shape after the other, would take 3.2.
-    whole = flops(1, m, m) + flops(1, m, 11008)
-    self.assertBetween(whole / even, 3.2, 3.3)
-
-  def test_small_matrices_stay_whole(self):
-    shapes = [(96, 256, 256), (72, 256, 688)]
-    self.assertEqual(self.plan(shapes, 256), [((0, 0, 96, 1), (1, 0, 72, 1))])
-
-  def test_many_matrices_go_shape_by_shape(self):
-    shapes = [(128, 4096, 4096), (96, 4096, 11008)]
-    alone = [((0, 0, 128, 1),), ((1, 0, 96, 1),)]
-    self.assertEqual(self.plan(shapes, 8), alone)
-    self.assertEqual(self.plan(shapes, 256, whole=True), alone)
-    # 4.5 for each device: 5 are near enough.
-    shapes = [(48, 768, 768), (36, 768, 2048)]
-    self.assertEqual(self.plan(shapes, 8), [((0, 0, 48, 1),), ((1, 0, 36, 1),)])
-
-  def test_what_is_left_over_is_cut(self):
-    # Four layers on eight devices: 1.5 long ones for each.
-    shapes = [(16, 128, 128), (12, 128, 352)]
-    self.assertCountEqual(
-      self.plan(shapes, 8),
-      [((0, 0, 16, 1),), ((1, 0, 8, 1),), ((1, 8, 12, 2),)],
-    )
-
-  def test_any_shapes(self):
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-      devices = int(rng.integers(2, 70))
-      m = int(rng.integers(1, 5000))
-      shapes = [
-        (int(rng.integers(1, 40)), m, m + int(rng.integers(0, 9000)))
-        for _ in range(rng.integers(1, 4))
-      ]
-      held = [[] for _ in shapes]
-      for batch in self.plan(shapes, devices):
-        used = sum((x.stop - x.start) * x.strips for x in batch)
-        whole = len(batch) == 1 and batch[0].strips == 1
-        self.assertTrue(used <= devices or whole)
-        for x in batch:
-          held[x.group] += range(x.start, x.stop)
-      for (count, *_), indices in zip(shapes, held, strict=True):
-        self.assertEqual(indices, list(range(count)))
+class CommonSideTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ([], 0),
+    ([(4, 6)], 4),
+    ([(6, 4), (2, 6, 6)], 6),
+    # Many small ones, few large ones: entries count.
+    ([(9, 2, 3), (8, 8)], 8),
+  )
+  def test_most_entries_then_the_smaller(self, shapes, side):
+    self.assertEqual(placement.common_side(shapes), side)
 
 
 if __name__ == "__main__":
