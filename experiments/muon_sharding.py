@@ -63,7 +63,7 @@ CASES = {
   "5B-v5e": Case("7B", _POD, "v5e:16x16", {"num_layers": 24}),
   "7B-v5e-16": Case("7B", {"fsdp": 4, "tensor": 4}, "v5e:4x4"),
   "60M-8-moe": Case("60M", _CUBE, None, {"d_ff": 256}, experts=16),
-  "16B-v5e-moe": Case("1B", _POD, "v5e:16x16", {"d_ff": 1408}, experts=64),
+  "14B-v5e-moe": Case("1B", _POD, "v5e:16x16", {"d_ff": 1408}, experts=64),
 }
 _STEPS = 5
 
