@@ -7,9 +7,10 @@ Outputs, final states and gradients are compared first, with those of the scan
 contenders take turns, forward and with their gradient, and each time is set
 against the scan's of the same round and against a floor: the matmul FLOPs that
 `experiments.linear.floors` counts, at the rate of one large matmul on this
-machine. With `--peer_python` jax-linear-attention's plain JAX form runs on
-the same arrays in another interpreter. One JSON line per op and shape is
-appended to `experiments/records/bench_linear.jsonl`.
+machine, and at that of the products which take a state through the chunks, one
+after the other, and nothing else. With `--peer_python` jax-linear-attention's
+plain JAX form runs on the same arrays in another interpreter. One JSON line per
+op and shape is appended to `experiments/records/bench_linear.jsonl`.
 """
 
 from __future__ import annotations
@@ -170,7 +171,8 @@ def measure(
 
   Returns:
     "errors", "missing" (see `Trial`), "temp_bytes", "matmul_rate" (FLOP/s),
-    "load" (of the machine, before and after), and what `judge` returns.
+    "walk_rates" (`floors.walk_rate` by contender), "load" (of the machine,
+    before and after), and what `judge` returns.
 
   Raises:
     DisagreementError: one of ours gives other values than the scan.
@@ -187,6 +189,11 @@ def measure(
       trial.check()
   load = [os.getloadavg()]
   rates = [reports.matmul_rate(dtype)]
+  walks = {
+    name: floors.walk_rate(shape, int(size), dtype)
+    for name in names
+    if (size := name.partition("/")[2])
+  }
   with trial.started(whole, scan_modes):
     trial.check()
     temp_bytes = {name: x.temp_bytes() for name, x in trial.sides.items()}
@@ -201,8 +208,9 @@ def measure(
     "missing": trial.missing,
     "temp_bytes": temp_bytes,
     "matmul_rate": max(rates),
+    "walk_rates": walks,
     "load": load,
-    **judge(op, shape, seconds, max(rates)),
+    **judge(op, shape, seconds, max(rates), walks),
   }
 
 
@@ -211,6 +219,7 @@ def judge(
   shape: cases.Shape,
   seconds: Mapping[str, Mapping[str, Sequence[float]]],
   matmul_rate: float,
+  walk_rates: Mapping[str, float],
 ) -> dict[str, Any]:
   """What the seconds mean.
 
@@ -219,14 +228,16 @@ def judge(
     shape: the sizes.
     seconds: mode to contender to its seconds of each round.
     matmul_rate: FLOP/s.
+    walk_rates: FLOP/s by contender, of the chunk forms.
 
   Returns:
     By mode and contender: "seconds" as given; "spread" (median, min, max);
     "flops" of a pass, for chunk forms; "floor", those at the matmul rate;
-    "of_floor", the median over it; "ratio", of ours, the scan's and the
+    "of_floor", the median over it; "of_walk", over those at the walk's rate;
+    "ratio", of ours, the scan's and the
     peer's seconds over the contender's, round by round (median, min, max).
   """
-  names = ("spread", "flops", "floor", "of_floor", "ratio")
+  names = ("spread", "flops", "floor", "of_floor", "of_walk", "ratio")
   out = {name: {mode: {} for mode in seconds} for name in names}
   for mode, turns in seconds.items():
     for name, values in turns.items():
@@ -243,6 +254,7 @@ def judge(
         out["flops"][mode][name] = flops
         out["floor"][mode][name] = floor
         out["of_floor"][mode][name] = spread["median"] / floor
+        out["of_walk"][mode][name] = spread["median"] * walk_rates[name] / flops
         out["ratio"][mode][name] = {
           other: bench_train.spread(
             [a / b for a, b in zip(turns[other], values, strict=True)]
@@ -270,7 +282,11 @@ def report(record: Mapping[str, Any]) -> str:
       floor = record["floor"][mode].get(name)
       if floor:
         times = record["of_floor"][mode][name]
-        line += f", {times:.2f} of the floor of {1e3 * floor:.1f}"
+        walk = record["of_walk"][mode][name]
+        line += (
+          f", {times:.2f} of the floor of {1e3 * floor:.1f}, {walk:.2f} at the "
+          "rate of its walk"
+        )
       for other, ratio in record["ratio"][mode].get(name, {}).items():
         line += (
           f", {ratio['median']:.2f} times as fast as {other} "

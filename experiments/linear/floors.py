@@ -28,6 +28,12 @@ per-channel decay adds to the scores: a floor, not an estimate.
 
 from __future__ import annotations
 
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+
 from experiments.linear import cases
 
 _BLOCK = 16
@@ -72,3 +78,33 @@ def backward(op: str, size: int, key: int, value: int) -> float:
   if op == "mdn":
     return flops + 24 * key * value + 6 * size**2
   return flops + 12 * key * value
+
+
+def walk_rate(shape: cases.Shape, size: int, dtype: str) -> float:
+  """FLOP/s of a chunk's product with a state and of its own to the next one.
+
+  Every chunk of a sequence needs both, of all heads at once, and none before
+  the one that precedes it. The best of five.
+
+  Args:
+    shape: the sizes.
+    size: C.
+    dtype: of the operands; sums are float32.
+  """
+  batch, steps = shape.batch * shape.heads, 64
+  state = jnp.zeros((batch, shape.key, shape.value), dtype)
+  k = jnp.ones((batch, size, shape.key), dtype)
+  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+  def step(state, _):
+    read = dot("bck,bkv->bcv", k, state).astype(dtype)
+    return (state + dot("bck,bcv->bkv", k, read)).astype(dtype), None
+
+  run = jax.jit(lambda x: jax.lax.scan(step, x, None, length=steps)[0])
+  run(state).block_until_ready()
+  best = float("inf")
+  for _ in range(5):
+    start = time.perf_counter()
+    run(state).block_until_ready()
+    best = min(best, time.perf_counter() - start)
+  return steps * batch * 4 * size * shape.key * shape.value / best

@@ -191,9 +191,11 @@ def test_values_must_agree_to_rounding():
 def test_judge_takes_ratios_round_by_round():
   turns = {"reference": [4.0, 9.0, 2.0], "xla/16": [2.0, 3.0, 4.0]}
   rate = 16 * TINY.token_heads * floors.forward("gdn", 16, 8, 8)
-  out = bench_linear.judge("gdn", TINY, {"forward": turns}, rate)
+  walks = {"xla/16": rate / 4}
+  out = bench_linear.judge("gdn", TINY, {"forward": turns}, rate, walks)
   assert out["floor"]["forward"] == {"xla/16": 1 / 16}
   assert out["of_floor"]["forward"] == {"xla/16": 48}
+  assert out["of_walk"]["forward"] == {"xla/16": 12}
   assert out["ratio"]["forward"]["xla/16"] == {
     "reference": {"median": 2.0, "min": 0.5, "max": 3.0}
   }
@@ -235,6 +237,7 @@ def test_main_checks_times_and_records(flags, capsys):
     assert all(len(x) == 2 for x in record["seconds"][mode].values())
     assert record["temp_bytes"]["xla/16"][mode] > 0
     assert record["of_floor"][mode]["xla/16"] > 0
+    assert record["of_walk"][mode]["xla/16"] > 0
 
 
 @pytest.mark.slow
