@@ -234,8 +234,8 @@ def judge(
     By mode and contender: "seconds" as given; "spread" (median, min, max);
     "flops" of a pass, for chunk forms; "floor", those at the matmul rate;
     "of_floor", the median over it; "of_walk", over those at the walk's rate;
-    "ratio", of ours, the scan's and the
-    peer's seconds over the contender's, round by round (median, min, max).
+    "ratio", of ours, the scan's and the peer's seconds over the contender's,
+    round by round (median, min, max).
   """
   names = ("spread", "flops", "floor", "of_floor", "of_walk", "ratio")
   out = {name: {mode: {} for mode in seconds} for name in names}
