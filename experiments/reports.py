@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,13 +27,18 @@ def matmul_rate(dtype: Any) -> float:
   n = 1024 if jax.default_backend() == "cpu" else 8192
   x = jnp.ones((n, n), dtype)
   dot = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
-  dot(x).block_until_ready()
+  return flop_rate(lambda: dot(x), 2 * n**3)
+
+
+def flop_rate(run: Callable[[], jax.Array], flops: float) -> float:
+  """FLOP/s of a call that does `flops`, the best of five after the first."""
+  run().block_until_ready()
   best = float("inf")
   for _ in range(5):
     start = time.perf_counter()
-    dot(x).block_until_ready()
+    run().block_until_ready()
     best = min(best, time.perf_counter() - start)
-  return 2 * n**3 / best
+  return flops / best
 
 
 def progress(total: int, done: int, visible: bool) -> tqdm.tqdm:

@@ -29,11 +29,11 @@ per-channel decay adds to the scores: a floor, not an estimate.
 from __future__ import annotations
 
 import functools
-import time
 
 import jax
 import jax.numpy as jnp
 
+from experiments import reports
 from experiments.linear import cases
 
 _BLOCK = 16
@@ -101,10 +101,5 @@ def walk_rate(shape: cases.Shape, size: int, dtype: str) -> float:
     return (state + dot("bck,bcv->bkv", k, read)).astype(dtype), None
 
   run = jax.jit(lambda x: jax.lax.scan(step, x, None, length=steps)[0])
-  run(state).block_until_ready()
-  best = float("inf")
-  for _ in range(5):
-    start = time.perf_counter()
-    run(state).block_until_ready()
-    best = min(best, time.perf_counter() - start)
-  return steps * batch * 4 * size * shape.key * shape.value / best
+  flops = steps * batch * 4 * size * shape.key * shape.value
+  return reports.flop_rate(lambda: run(state), flops)
