@@ -26,7 +26,7 @@ from absl import flags
 
 import optim
 from experiments import errors
-from jaxlib_ext import hlo, records, sharding, specs, topology
+from jaxlib_ext import hlo, paths, records, sharding, specs, topology
 from models import transformer
 from optim.orthogonal import division
 
@@ -75,7 +75,7 @@ def matrices(case: Case) -> dict[str, specs.ParamSpec]:
   labels = optim.label_params(specs.abstract(tree))
   flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=specs.is_spec)
   out = {
-    jax.tree_util.keystr(path): spec
+    paths.leaf_name(path): spec
     for (path, spec), label in zip(flat, jax.tree.leaves(labels), strict=True)
     if label == "matrix"
   }

@@ -33,7 +33,19 @@ DEFAULT_RULES = (
   (r"", "matrix"),
 )  # fmt: skip
 
+# Names of kernels that lead from heads or hidden units back to the width.
+_BACK = r"(^|[/_.])(o|wo|out|output|down|c_proj)([/_.]|$)"
+
 Labels = Any | Callable[[Any], Any] | None
+
+
+def leads_back(name: str) -> bool:
+  """Whether a kernel so named, as "layers/attn/o", writes the model's width.
+
+  Its rows are then divided as the columns of "q" or "up" are, which a square
+  one's shape does not tell.
+  """
+  return re.search(_BACK, name.lower()) is not None
 
 
 def is_param(x: Any) -> bool:

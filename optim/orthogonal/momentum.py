@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlib_ext import labels, paths
 from optim import arguments, matrices, numerics
 from optim.orthogonal import polar
 
@@ -128,7 +129,9 @@ class Orthogonalizer:
     Returns:
       An `Orthogonalized`.
     """
-    grads, treedef = jax.tree.flatten(updates)
+    flat, treedef = jax.tree_util.tree_flatten_with_path(updates)
+    grads = [leaf for _, leaf in flat]
+    back = [labels.leads_back(paths.leaf_name(path)) for path, _ in flat]
     axes = self.resolve(updates)
     averages, ahead = self._average(
       numerics.widen(grads), treedef.flatten_up_to(momentum), count
@@ -140,6 +143,7 @@ class Orthogonalizer:
     factors = iter(
       polar.newton_schulz_list(
         [_equilibrate(x, over) for leaf in parts for x in leaf],
+        back=[b for b, leaf in zip(back, parts, strict=True) for _ in leaf],
         coefficients=self.coefficients,
         dtype=self.ns_dtype,
         form=self.ns_form,

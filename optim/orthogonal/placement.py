@@ -96,8 +96,9 @@ def _sides(
   default `sharding.Rules`: parameters are repeated over the axes that divide
   the batch only (data); of the others the last (tensor) divides the side that
   is not the model's width and those before it (fsdp) the width, or a single
-  one the width: up, gate, down and q are so, o is not. What is divided
-  otherwise gives the same result, for one more exchange.
+  one the width: up, gate, down and q are so, and o if it is known by its name
+  (`labels.leads_back`). What is divided otherwise gives the same result, for
+  one more exchange.
   """
   names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
   if AxisType.Auto in mesh.axis_types:
@@ -154,7 +155,8 @@ def spread(
   groups: Sequence[Sequence[jax.Array]],
   strips: Sequence[int],
   mesh: AbstractMesh,
-  *args: jax.Array,
+  args: Sequence[jax.Array] = (),
+  *,
   width: int | None = None,
   **static: Any,
 ) -> list[list[jax.Array]]:
@@ -164,14 +166,15 @@ def spread(
     fn: maps [s, m, n], s >= 1, to the same shape and dtype, each matrix by
       itself; rows and columns of zeros must stay zeros and change nothing
       else. Where matrices are cut, it has strips [s, m, width] and is given
-      `total=`, which sums an array [s, ...] over the strips of a matrix. A
-      function of a module, for its identity is part of a cache key.
+      `total=`: `total(y, dtype)` sums y over the strips of a matrix and
+      exchanges it in `dtype`. A function of a module, for its identity is
+      part of a cache key.
     groups: arrays [b_i, m, n] of one dtype; n differs between groups only.
     strips: for each group, how many devices share one of its matrices: a
       power of 2. Several groups, or a number above 1, are possible where all
       strips together are no more than the devices.
     mesh: from `mesh_of`.
-    *args: further arrays that `fn` takes after the matrices.
+    args: further arrays that `fn` takes after the matrices.
     width: the side that the model's width is; None is m.
     **static: hashable keyword arguments of `fn`.
 
@@ -189,7 +192,7 @@ def spread(
   if AxisType.Explicit in mesh.axis_types:
     kept = jax.tree.map(lambda x: jax.typeof(x).sharding, list(groups))
     run = jax.sharding.auto_axes(run, out_sharding=kept)
-  return run([list(xs) for xs in groups], args)
+  return run([list(xs) for xs in groups], tuple(args))
 
 
 @functools.partial(
@@ -270,11 +273,11 @@ def _uncut(x: jax.Array, by: int) -> jax.Array:
 
 def _total(
   counts: Sequence[int], strips: Sequence[int], names: tuple[str, ...]
-) -> Callable[[jax.Array], jax.Array]:
+) -> Callable[[jax.Array, Any], jax.Array]:
   """Sums over runs of `strips[i]` devices, after `counts[i]` devices each.
 
   In every round, devices 1, 2, 4, ... apart exchange sums; who has no partner
-  receives zeros. The order of summation is the same on both sides.
+  receives zeros. Both sides add the same two rounded numbers.
   """
   rounds = []
   for bit in range(max(strips).bit_length() - 1):
@@ -285,9 +288,11 @@ def _total(
       start += count
     rounds.append(pairs)
 
-  def total(x):
+  def total(x, dtype):
     for pairs in rounds:
-      x = x + jax.lax.ppermute(x, names, pairs)
+      mine = x.astype(dtype)
+      send = functools.partial(jax.lax.ppermute, axis_name=names, perm=pairs)
+      x = mine.astype(x.dtype) + _moved(send, mine).astype(x.dtype)
     return x
 
   return total

@@ -8,7 +8,7 @@ near 1 while the singular vectors stay. Only the schedules differ.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,15 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from optim import numerics
-from optim.orthogonal import division, gram, placement, schedules
+from optim.orthogonal import division, gram, placement, schedules, strips
 
 Coefficients = schedules.Coefficients
 
 FORMS = ("direct", "gram")
 
-# The schedules whose Gram form has been found to keep the direct one's range.
-_GRAM_NAMES = ("keller", "polar_express", "dion")
-_GRAM_STEPS = 8
+# The schedules whose range has been found to survive Gram matrices that are
+# not computed from x at every step.
+_PROVEN_NAMES = ("keller", "polar_express", "dion")
+_PROVEN_STEPS = 8
+
+# With fewer, errors of a prediction are not brought back to 1.
+_STEPS_TO_PREDICT = 5
 
 # Elements of a stack that go through the polynomial at once: enough to keep
 # an accelerator busy with small matrices, and a bound on live temporaries.
@@ -47,10 +51,12 @@ class _Products(NamedTuple):
   Attributes:
     precision: of the direct form, as in `jax.lax.dot_general`.
     segments: of the Gram form, as for `gram.iterate`; None for the direct.
+    predict: as for `strips.iterate`.
   """
 
   precision: Any
   segments: tuple[int, ...] | None
+  predict: bool
 
 
 def _products(
@@ -63,26 +69,23 @@ def _products(
 ) -> _Products:
   """Chooses the form for matrices [m, n], m <= n, where none is given."""
   steps = table.shape[0]
+  proven = isinstance(coefficients, str) and coefficients in _PROVEN_NAMES
+  proven = proven and steps <= _PROVEN_STEPS
   if form is None:
-    known = isinstance(coefficients, str) and coefficients in _GRAM_NAMES
-    known = known and steps <= _GRAM_STEPS
-    better = known and gram.pays(*shape, steps, dtype, precision)
+    better = proven and gram.pays(*shape, steps, dtype, precision)
     form = "gram" if better else "direct"
-  return _Products(
-    precision, gram.segments(steps, dtype) if form == "gram" else None
-  )
+  segments = gram.segments(steps, dtype) if form == "gram" else None
+  return _Products(precision, segments, proven and steps >= _STEPS_TO_PREDICT)
 
 
 def _iterate(
   x: jax.Array,
   table: jax.Array,
   products: _Products,
-  total: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
   """Applies the polynomials to x [..., m, n], m <= n, in x's dtype.
 
   Products accumulate in the table's dtype, and so do the sums of products.
-  Where x holds some of a matrix's columns, `total` adds up Gram matrices.
   """
   if products.segments is not None:
     return gram.iterate(x, table, products.segments)
@@ -101,7 +104,6 @@ def _iterate(
   def step(x, abc):
     a, b, c = abc
     gram = dot(x, x, x.ndim - 1)
-    gram = gram if total is None else total(gram)
     low = gram.astype(x.dtype)
     factor = b * gram + c * dot(low, low, x.ndim - 2)
     y = a * x.astype(table.dtype) + dot(factor.astype(x.dtype), x, x.ndim - 2)
@@ -115,14 +117,13 @@ def _iterate_chunks(
   table: jax.Array,
   *,
   products: _Products,
-  total: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
   """`_iterate` for [b, m, n], in chunks that bound the temporaries."""
   count, m, n = stack.shape
   chunk = max(1, _CHUNK_ELEMENTS // (m * n))
   if count <= chunk:
-    return _iterate(stack, table, products, total)
-  one = functools.partial(_iterate, table=table, products=products, total=total)
+    return _iterate(stack, table, products)
+  one = functools.partial(_iterate, table=table, products=products)
   return jax.lax.map(one, stack, batch_size=chunk)
 
 
@@ -135,12 +136,9 @@ class _Stack(NamedTuple):
 
 
 def _iterate_stacks(
-  stacks: Sequence[_Stack], width: int
+  stacks: Sequence[_Stack], mesh: jax.sharding.AbstractMesh, width: int
 ) -> list[list[jax.Array]]:
-  """`_iterate` of each stack's parts as one, over the mesh if there is one."""
-  mesh = placement.mesh_of([x for stack in stacks for x in stack.parts])
-  if mesh is None:
-    return [_iterate_here(stack) for stack in stacks]
+  """`_iterate` of each stack's parts as one, over the mesh."""
   together: dict[Any, list[int]] = {}
   for i, (parts, _, products) in enumerate(stacks):
     key = (parts[0].shape[1], parts[0].dtype, products)
@@ -158,20 +156,28 @@ def _iterate_stacks(
       steps=table.shape[0],
       itemsize=dtype.itemsize,
       whole=products.segments is not None,
+      predict=products.predict,
     ):
       taken = [
         placement.take(stacks[members[x.group]].parts, x.start, x.stop)
         for x in batch
       ]
-      results = placement.spread(
-        _iterate_chunks,
-        [arrays for _, arrays in taken],
-        [x.strips for x in batch],
-        mesh,
-        table,
+      spread = functools.partial(
+        placement.spread,
+        groups=[arrays for _, arrays in taken],
+        strips=[x.strips for x in batch],
+        mesh=mesh,
+        args=(table,),
         width=width,
-        products=products,
       )
+      if any(x.strips > 1 for x in batch):
+        results = spread(
+          strips.iterate,
+          precision=products.precision,
+          predict=products.predict,
+        )
+      else:
+        results = spread(_iterate_chunks, products=products)
       for x, (which, _), ys in zip(batch, taken, results, strict=True):
         for i, y in zip(which, ys, strict=True):
           pieces[members[x.group]][i].append(y)
@@ -189,8 +195,8 @@ def _iterate_here(stack: _Stack) -> list[jax.Array]:
   return jnp.split(ys, np.cumsum([part.shape[0] for part in parts])[:-1])
 
 
-def _short_side_first(x: jax.Array) -> jax.Array:
-  return jnp.swapaxes(x, -1, -2) if x.shape[-2] > x.shape[-1] else x
+def _swap(x: jax.Array, swapped: bool) -> jax.Array:
+  return jnp.swapaxes(x, -1, -2) if swapped else x
 
 
 def newton_schulz_list(
@@ -201,6 +207,7 @@ def newton_schulz_list(
   dtype: Any = jnp.bfloat16,
   precision: Any = None,
   form: str | None = None,
+  back: Sequence[bool] | None = None,
 ) -> list[jax.Array]:
   """`newton_schulz` of several arrays at once.
 
@@ -214,6 +221,9 @@ def newton_schulz_list(
     dtype: as for `newton_schulz`.
     precision: as for `newton_schulz`.
     form: as for `newton_schulz`.
+    back: for each array, whether its rows are divided over a mesh as other
+      arrays' columns are, if it is square (`labels.leads_back`); None is none.
+      A wrong guess costs an exchange.
 
   Returns:
     One array per input and of its shape, in the dtype of the computation.
@@ -240,12 +250,18 @@ def newton_schulz_list(
     compute = jnp.promote_types(wide, dtype) if exact else dtype
     groups.setdefault((*sorted(x.shape[-2:]), compute), []).append(i)
 
+  mesh = placement.mesh_of(xs)
+  back = [False] * len(xs) if back is None or mesh is None else back
+  swapped = [
+    x.shape[-2] > x.shape[-1] or (flag and x.shape[-2] == x.shape[-1])
+    for x, flag in zip(xs, back, strict=True)
+  ]
   stacks, sources = [], []
   for (m, n, compute), members in groups.items():
     accumulator = jnp.promote_types(compute, jnp.float32)
     table, divisor = schedules.resolve(coefficients, steps, accumulator)
     parts = [
-      _short_side_first(_normalize(xs[i], divisor, compute)) for i in members
+      _swap(_normalize(xs[i], divisor, compute), swapped[i]) for i in members
     ]
     stacks.append(
       _Stack(
@@ -256,12 +272,14 @@ def newton_schulz_list(
     )
     sources.append((members, parts))
   out: list[Any] = [None] * len(xs)
-  width = placement.common_side([x.shape for x in xs])
-  results = _iterate_stacks(stacks, width)
+  if mesh is None:
+    results = [_iterate_here(stack) for stack in stacks]
+  else:
+    width = placement.common_side([x.shape for x in xs])
+    results = _iterate_stacks(stacks, mesh, width)
   for (members, parts), ys in zip(sources, results, strict=True):
     for i, part, y in zip(members, parts, ys, strict=True):
-      y = y.reshape(part.shape)
-      out[i] = y if part.shape == xs[i].shape else jnp.swapaxes(y, -1, -2)
+      out[i] = _swap(y.reshape(part.shape), swapped[i])
   return out
 
 
