@@ -41,10 +41,33 @@ from kernels_pallas.linear import problem
 
 MODES = contender.MODES
 SCAN, PEER = "reference", "jla"
+AUTO = "auto"
 
 
 class DisagreementError(Exception):
   """Ours gives other values than the scan; there is nothing to time."""
+
+
+def chunk_size(op: str, shape: cases.Shape, name: str) -> int | None:
+  """Tokens of a contender's chunks; of "auto", those it takes for gradients.
+
+  Args:
+    op: a key of `experiments.linear.cases.OPS`.
+    shape: the sizes.
+    name: a contender, "implementation/chunk size".
+
+  Returns:
+    None for contenders without chunks.
+  """
+  size = name.partition("/")[2]
+  if not size:
+    return None
+  return problem.check_chunk_size(
+    None if size == AUTO else int(size),
+    shape.length,
+    delta=op not in cases.PLAIN,
+    channels=shape.key if op in cases.CHANNELS else 0,
+  )
 
 
 class Trial:
@@ -52,7 +75,8 @@ class Trial:
 
   Args:
     op: a key of `experiments.linear.cases.OPS`.
-    names: of our contenders, "implementation/chunk size"; the scan is added.
+    names: of our contenders, "implementation/chunk size", the size may be
+      "auto"; the scan is added.
     dtype: of q, k and v.
     peer_python: the interpreter that has `jla`, or empty.
 
@@ -92,7 +116,7 @@ class Trial:
   def _ours(self, name, problem, modes):
     implementation, _, size = name.partition("/")
     how = {"implementation": implementation}
-    if size:
+    if size and size != AUTO:
       how["chunk_size"] = int(size)
     op = cases.OPS[self._op][0]
     run = lambda **arrays: op(**arrays, **how)
@@ -170,9 +194,10 @@ def measure(
     peer_python: the interpreter that has `jla`, or empty.
 
   Returns:
-    "errors", "missing" (see `Trial`), "temp_bytes", "matmul_rate" (FLOP/s),
-    "walk_rates" (`floors.walk_rate` by contender), "load" (of the machine,
-    before and after), and what `judge` returns.
+    "errors", "missing" (see `Trial`), "temp_bytes", "chunk_sizes" (see
+    `chunk_size`), "matmul_rate" (FLOP/s), "walk_rates" (`floors.walk_rate` by
+    contender), "load" (of the machine, before and after), and what `judge`
+    returns.
 
   Raises:
     DisagreementError: one of ours gives other values than the scan.
@@ -189,10 +214,11 @@ def measure(
       trial.check()
   load = [os.getloadavg()]
   rates = [reports.matmul_rate(dtype)]
+  sizes = {name: chunk_size(op, shape, name) for name in names}
   walks = {
-    name: floors.walk_rate(shape, int(size), dtype)
-    for name in names
-    if (size := name.partition("/")[2])
+    name: floors.walk_rate(shape, size, dtype)
+    for name, size in sizes.items()
+    if size
   }
   with trial.started(whole, scan_modes):
     trial.check()
@@ -207,6 +233,7 @@ def measure(
     "errors": trial.errors,
     "missing": trial.missing,
     "temp_bytes": temp_bytes,
+    "chunk_sizes": sizes,
     "matmul_rate": max(rates),
     "walk_rates": walks,
     "load": load,
@@ -243,9 +270,9 @@ def judge(
     for name, values in turns.items():
       spread = bench_train.spread(values)
       out["spread"][mode][name] = spread
-      size = name.partition("/")[2]
+      size = chunk_size(op, shape, name)
       if size:
-        sizes = op, int(size), shape.key, shape.value
+        sizes = op, size, shape.key, shape.value
         flops = floors.forward(*sizes)
         if mode == "gradient":
           flops += floors.backward(*sizes)
@@ -317,7 +344,7 @@ def main() -> None:
   ops = _chosen("ops", values.ops, cases.OPS)
   shapes = _chosen("shapes", values.shapes, cases.SHAPES)
   sizes = [str(size) for size in problem.CHUNK_SIZES]
-  _chosen("chunk_sizes", values.chunk_sizes, ["auto", *sizes])
+  chosen = _chosen("chunk_sizes", values.chunk_sizes, [AUTO, *sizes])
   if values.peer_python and not shutil.which(values.peer_python):
     raise errors.UserError(
       f"--peer_python: got {values.peer_python!r}, which is no program"
@@ -326,16 +353,7 @@ def main() -> None:
   for shape_name in shapes:
     shape = cases.SHAPES[shape_name]
     for op in ops:
-      chosen = [
-        problem.check_chunk_size(
-          None if size == "auto" else int(size),
-          shape.length,
-          delta=op not in cases.PLAIN,
-          channels=shape.key if op in cases.CHANNELS else 0,
-        )
-        for size in values.chunk_sizes
-      ]
-      names = [f"{i}/{c}" for i in values.implementations for c in chosen]
+      names = [f"{i}/{size}" for i in values.implementations for size in chosen]
       try:
         record = measure(
           op,
@@ -361,7 +379,7 @@ def _define_flags() -> None:
     "implementations", ["xla"], "Which of ours to set beside the scan."
   )
   flags.DEFINE_list(
-    "chunk_sizes", ["auto"], "Tokens per chunk; auto is what None chooses."
+    "chunk_sizes", [AUTO], "Tokens per chunk; auto is what None chooses."
   )
   flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Of q, k and v."

@@ -12,7 +12,8 @@ arguments, returns and errors:
     are refused where their values are known; when traced, every change of
     the id starts a segment.
   chunk_size: tokens of a chunk: 16, 32, 64, 128 or 256; None chooses for the
-    platform and T. It changes rounding and speed, not meaning.
+    platform and T, on a CPU also to go token by token where that is faster
+    and nothing is differentiated. It changes rounding and speed, not meaning.
   num_splits: into how many pieces each sequence is cut; they run side by side
     and are then composed. It pays where there are fewer sequences and heads
     than the device runs at once, and costs a walk of V + K value channels
@@ -50,7 +51,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import arguments, dispatch
-from kernels_pallas.linear import problem, split
+from kernels_pallas.linear import problem, recurrent, split
 
 Implementation = dispatch.Implementation
 
@@ -92,6 +93,7 @@ def _run(
       channels=decay.shape[-1] if decay.ndim == 4 else 0,
     ),
     interpret=bool(interpret),
+    by_token=chunk_size is None and recurrent.faster(inputs, delta=delta),
   )
   pieces = problem.check_num_splits(num_splits, length)
   run = functools.partial(dispatch.run, "linear", implementation=implementation)

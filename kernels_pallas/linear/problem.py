@@ -74,12 +74,15 @@ class Options:
     chunk_size: tokens of a chunk.
     interpret: whether Pallas kernels are interpreted, or with which
       parameters (`pltpu.InterpretParams`).
+    by_token: whether `xla` goes token by token where nothing is
+      differentiated.
   """
 
   scale: float
   delta: bool
   chunk_size: int
   interpret: bool | Any
+  by_token: bool = False
 
 
 def _gate(

@@ -5,10 +5,6 @@ that function would have returned for one more token. Arrays lack the parallel
 function's T axis: q, k and erase keys are `[B, G, K]`, v and o `[B, H, V]`,
 gates `[B, H]` (`[B, H, K]` per channel), states `[B, H, K, V]`. Dtypes and
 errors are the parallel functions'.
-
-The output is read from the old state, o = q^T (a S) + (q . k) e for the first
-order, so that a step reads the state for one pair of products and once more
-to write the new one.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import arguments
-from kernels_pallas.linear import api, problem
+from kernels_pallas.linear import api, problem, recurrent
 
 
 def momentum_delta_rule_step(
@@ -191,7 +187,7 @@ def _step(vectors, gates, state, scale, *, delta, **how):
   )
   scale = arguments.check_scale(scale, inputs.q.shape[-1])
   token = jax.tree.map(lambda x: x[:, 0], inputs._replace(state=None))
-  o, state = _advance(token, inputs.state, scale, delta)
+  o, state = recurrent.advance(token, inputs.state, scale=scale, delta=delta)
   return o.astype(jnp.result_type(vectors[3])), state
 
 
@@ -206,40 +202,3 @@ def _as_sequence(name: str, x: Any, ranks: tuple[int, ...]) -> Any:
       f"the shape {list(x.shape)}"
     )
   return x[:, None]
-
-
-def _advance(token, state, scale, delta):
-  """o and the new states; `token` is an `Inputs` without T."""
-  s = state[0]
-  repeat = token.v.shape[1] // token.q.shape[1]
-  heads = lambda x: jnp.repeat(x.astype(s.dtype), repeat, axis=1)
-  q, k = heads(token.q) * scale, heads(token.k)
-  e = token.v.astype(s.dtype)
-  decay = jnp.exp(token.log_decay)
-  if decay.ndim == 2:
-    decay = decay[..., None]
-  read = decay * q
-  if delta:
-    p = decay * k if token.p is None else heads(token.p)
-    both = _rows(jnp.stack([read, p], axis=2), s)
-    o, e = both[:, :, 0], e - both[:, :, 1]
-  else:
-    o = _rows(read[:, :, None], s)[:, :, 0]
-  beta = 1.0 if token.beta is None else token.beta[..., None]
-  if token.log_momentum is None:
-    e = beta * e
-    new = (decay[..., None] * s + k[..., None] * e[..., None, :],)
-  else:
-    e = token.eta[..., None] * e
-    momentum = jnp.exp(token.log_momentum)[..., None]
-    kept = beta * momentum
-    o = o + kept * _rows(q[:, :, None], state[1])[:, :, 0]
-    n = momentum[..., None] * state[1] + k[..., None] * e[..., None, :]
-    new = (decay[..., None] * s + beta[..., None] * n, n)
-    e = beta * e
-  return o + jnp.sum(q * k, axis=-1, keepdims=True) * e, new
-
-
-def _rows(rows, state):
-  """`[B, H, J, K]` by `[B, H, K, V]`."""
-  return jnp.einsum("bhjk,bhkv->bhjv", rows, state, precision="highest")

@@ -5,6 +5,7 @@ all at once, as large batched products, and without the delta rule so is all
 else but the states' decay; on CPU the systems of arrays that no cache holds
 are made inside it, chunk by chunk. The backward pass keeps the inputs, the
 inverses and the states that enter each chunk, and makes the systems again.
+Where there is none, tokens may be walked one by one instead (`recurrent`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import padding, products
-from kernels_pallas.linear import chunk, inverse, layout, problem, vector
+from kernels_pallas.linear import (
+  chunk,
+  inverse,
+  layout,
+  problem,
+  recurrent,
+  vector,
+)
 
 # Elements of the keys up to which a CPU makes all systems at once. Beyond it,
 # chunk by chunk takes the same time (0.7 to 1.1 of it) and less memory: 0.7
@@ -48,6 +56,8 @@ def run(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _run(inputs, segments, options):
+  if options.by_token:
+    return recurrent.run(inputs._replace(segments=segments), options)
   return _forward(inputs, segments, options)[0]
 
 

@@ -201,6 +201,15 @@ def test_judge_takes_ratios_round_by_round():
   }
 
 
+@pytest.mark.parametrize(
+  "name, size",
+  [("xla/auto", 64), ("pallas_tpu/16", 16), ("reference", None), ("jla", None)],
+)
+def test_chunk_sizes(name, size):
+  shape = cases.Shape(1, 300, 2, 8, 8)
+  assert bench_linear.chunk_size("linear", shape, name) == size
+
+
 @pytest.fixture
 def flags(monkeypatch, tmp_path):
   """What main reads, small."""
@@ -209,7 +218,7 @@ def flags(monkeypatch, tmp_path):
     ops=["linear"],
     shapes=["tiny"],
     implementations=["xla"],
-    chunk_sizes=["16"],
+    chunk_sizes=["16", "auto"],
     dtype="float32",
     rounds=2,
     peer_python="",
@@ -233,7 +242,7 @@ def test_main_checks_times_and_records(flags, capsys):
     *("o", "state0", "dq", "dk", "dv", "dlog_decay")
   }
   for mode in bench_linear.MODES:
-    assert set(record["seconds"][mode]) == {"reference", "xla/16"}
+    assert set(record["seconds"][mode]) == {"reference", "xla/16", "xla/auto"}
     assert all(len(x) == 2 for x in record["seconds"][mode].values())
     assert record["temp_bytes"]["xla/16"][mode] > 0
     assert record["of_floor"][mode]["xla/16"] > 0

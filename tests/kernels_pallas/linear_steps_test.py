@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.linear import recurrent
 from tests.kernels_pallas import linear_cases as cases
 
 SHAPE = cases.Shape(t=9, g=2, h=6, k=5, v=3)
@@ -57,15 +58,21 @@ def by_hand(member, arrays, ids, scale):
   return o, final
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
 @members
-def test_the_reference_is_the_recurrence(name):
+def test_walks_are_the_recurrence(name, implementation, monkeypatch):
+  monkeypatch.setattr(recurrent, "faster", lambda *_, **__: True)
   member = cases.MEMBERS[name]
   arrays = cases.make(member, SHAPE)
   ids = np.array([[0, 0, 0, 1, 1, 2, 3, 3, 3], [4] * 9], np.int32)
   with jax.enable_x64(True):
     run = jax.jit(
       lambda x: cases.call(
-        member.op, x, segment_ids=ids, scale=0.7, implementation="reference"
+        member.op,
+        x,
+        segment_ids=ids,
+        scale=0.7,
+        implementation=implementation,
       )
     )
     o, state = run(arrays)
@@ -74,6 +81,43 @@ def test_the_reference_is_the_recurrence(name):
   np.testing.assert_allclose(o, want_o, rtol=0, atol=1e-13)
   state = state if member.second_order else (state,)
   np.testing.assert_allclose(np.stack(state), want_state, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+  "name, sizes, walks",
+  [
+    ("gla", (128, 16), True),
+    ("kda", (128, 300), True),
+    ("kda", (129, 16), False),
+    ("linear", (64, 64), True),
+    ("ssd", (64, 65), False),
+    ("gdn", (8, 8), False),
+    ("mdn", (8, 8), False),
+  ],
+)
+def test_where_tokens_are_walked_one_by_one(name, sizes, walks, monkeypatch):
+  member = cases.MEMBERS[name]
+  shape = cases.Shape(b=1, t=3, g=1, h=1, k=sizes[0], v=sizes[1])
+  arrays = cases.narrow(cases.make(member, shape), "float32")
+  walked = []
+  walk = recurrent.run
+  monkeypatch.setattr(
+    recurrent, "run", lambda *args: walked.append(1) or walk(*args)
+  )
+
+  def loss(arrays, **options):
+    run = functools.partial(cases.call, implementation="xla", **options)
+    return jax.tree.reduce(
+      lambda total, x: total + jnp.sum(x), run(member.op, arrays), 0.0
+    )
+
+  loss(arrays)
+  assert bool(walked) == walks
+  walked.clear()
+  # Chunks that are asked for, and what is differentiated.
+  loss(arrays, chunk_size=16)
+  jax.grad(loss)(arrays)
+  assert not walked
 
 
 @members
