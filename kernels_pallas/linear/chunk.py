@@ -387,7 +387,7 @@ def step_vjp(
     entering.append(dx)
   decay = tuple(
     tuple(
-      None if d is None else _like(_row_sum(dy * x), d)
+      None if d is None else _like(row_sum(dy * x), d)
       for d, x in zip(row, state, strict=True)
     )
     for row, dy in zip(system.decay, dstate, strict=True)
