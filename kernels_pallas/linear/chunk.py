@@ -351,7 +351,7 @@ def step_vjp(
     do: `[..., C, V]`, the cotangent of o.
     dstate: the cotangent of the state that left.
     precision: of the products.
-    row_sum: sums the rows of `[..., C, K]`.
+    row_sum: sums rows, of `[..., C, K]` and `[..., K, V]`.
 
   Returns:
     The cotangents of the system (of L, not of its inverse), of v, and of the

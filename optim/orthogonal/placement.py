@@ -155,8 +155,7 @@ def spread(
   groups: Sequence[Sequence[jax.Array]],
   strips: Sequence[int],
   mesh: AbstractMesh,
-  args: Sequence[jax.Array] = (),
-  *,
+  *args: jax.Array,
   width: int | None = None,
   **static: Any,
 ) -> list[list[jax.Array]]:
@@ -174,7 +173,7 @@ def spread(
       power of 2. Several groups, or a number above 1, are possible where all
       strips together are no more than the devices.
     mesh: from `mesh_of`.
-    args: further arrays that `fn` takes after the matrices.
+    *args: further arrays that `fn` takes after the matrices.
     width: the side that the model's width is; None is m.
     **static: hashable keyword arguments of `fn`.
 
@@ -192,7 +191,7 @@ def spread(
   if AxisType.Explicit in mesh.axis_types:
     kept = jax.tree.map(lambda x: jax.typeof(x).sharding, list(groups))
     run = jax.sharding.auto_axes(run, out_sharding=kept)
-  return run([list(xs) for xs in groups], tuple(args))
+  return run([list(xs) for xs in groups], args)
 
 
 @functools.partial(

@@ -162,22 +162,19 @@ def _iterate_stacks(
         placement.take(stacks[members[x.group]].parts, x.start, x.stop)
         for x in batch
       ]
-      spread = functools.partial(
-        placement.spread,
-        groups=[arrays for _, arrays in taken],
-        strips=[x.strips for x in batch],
-        mesh=mesh,
-        args=(table,),
-        width=width,
-      )
+      fn, how = _iterate_chunks, {"products": products}
       if any(x.strips > 1 for x in batch):
-        results = spread(
-          strips.iterate,
-          precision=products.precision,
-          predict=products.predict,
-        )
-      else:
-        results = spread(_iterate_chunks, products=products)
+        fn = strips.iterate
+        how = {"precision": products.precision, "predict": products.predict}
+      results = placement.spread(
+        fn,
+        [arrays for _, arrays in taken],
+        [x.strips for x in batch],
+        mesh,
+        table,
+        width=width,
+        **how,
+      )
       for x, (which, _), ys in zip(batch, taken, results, strict=True):
         for i, y in zip(which, ys, strict=True):
           pieces[members[x.group]][i].append(y)
