@@ -1,0 +1,125 @@
+"""Functions that also work under explicit meshes and inside `jax.shard_map`.
+
+`jax.make_mesh` makes `AxisType.Explicit` axes by default: shardings are then
+part of an array's type, and an operation whose result could be divided in
+several ways raises. `run_automatic` leaves those decisions to the compiler
+within one function. Inside `jax.shard_map`, types say which mesh axes a value
+varies over, and a loop must start with a carry that varies as its result does;
+`vary_like` and `vary_alike` see to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+
+def explicit_mesh(tree: Any) -> AbstractMesh | None:
+  """Returns the mesh over whose explicit axes some array may be divided.
+
+  Args:
+    tree: pytree of arrays.
+
+  Returns:
+    The mesh of the arrays' types, or None where no array's type has one with
+    an explicit axis.
+  """
+  for leaf in jax.tree.leaves(tree):
+    mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
+    if mesh is not None and explicit_axes(mesh):
+      return mesh
+  return None
+
+
+def explicit_axes(mesh: AbstractMesh) -> tuple[str, ...]:
+  """Returns the names of the mesh's axes that are part of arrays' types."""
+  return tuple(
+    name
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    if kind == AxisType.Explicit
+  )
+
+
+def spec(x: Any) -> tuple[Any, ...]:
+  """Returns the explicit mesh axes of each dimension of an array.
+
+  Args:
+    x: an array.
+
+  Returns:
+    One entry per dimension: None, the name of a mesh axis, or a tuple of
+    names. All are None where the type has no explicit mesh.
+  """
+  kind = jax.typeof(x)
+  entries = tuple(kind.sharding.spec) if explicit_mesh(x) else ()
+  return entries + (None,) * (len(kind.shape) - len(entries))
+
+
+def run_automatic(f: Callable[..., Any], *args: Any, out_specs: Any) -> Any:
+  """Calls `f(*args)` with the compiler free to divide what is in between.
+
+  Where no argument is an array of an explicit mesh, this is `f(*args)`. All
+  arrays that `f` computes with must be among `args`, not closed over.
+
+  Args:
+    f: function of arrays.
+    *args: pytrees of arrays.
+    out_specs: pytree of `PartitionSpec`, a prefix of the result: its type
+      under an explicit mesh. An axis that does not divide its dimension
+      raises.
+
+  Returns:
+    The result of `f`.
+  """
+  mesh = explicit_mesh(args)
+  if mesh is None:
+    return f(*args)
+  shardings = jax.tree.map(
+    lambda entry: NamedSharding(mesh, entry),
+    out_specs,
+    is_leaf=lambda x: isinstance(x, PartitionSpec),
+  )
+  run = jax.sharding.auto_axes(
+    f, axes=explicit_axes(mesh), out_sharding=shardings
+  )
+  return run(*args)
+
+
+def varying_axes(tree: Any) -> frozenset[str]:
+  """Returns the manual mesh axes that some array of a pytree varies over."""
+  return frozenset().union(
+    *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree))
+  )
+
+
+def vary_like(tree: Any, *others: Any) -> Any:
+  """Marks the arrays of a pytree as varying over all axes that `others` do.
+
+  Outside `jax.shard_map`, and with its `check_vma=False`, it returns `tree`.
+
+  Args:
+    tree: pytree of arrays.
+    *others: pytrees of arrays.
+  """
+  axes = varying_axes((tree, others))
+
+  def mark(x):
+    missing = axes - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+  return jax.tree.map(mark, tree) if axes else tree
+
+
+def vary_alike(*trees: Any) -> tuple[Any, ...]:
+  """Marks all arrays as varying over the axes that any of them varies over.
+
+  A `jax.custom_vjp` function whose arguments vary alike may return cotangents
+  that do; differentiation then sums those of arguments that did not.
+
+  Args:
+    *trees: pytrees of arrays.
+  """
+  return vary_like(trees)
