@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+from kernels_pallas import meshes
+
 # Imported when first used: the Pallas back ends do not import on every
 # installation.
 _MODULES = {
@@ -56,6 +58,7 @@ def run(
     NotImplementedError: if none of the named can run, with the reasons.
   """
   names, reasons = _names(implementation), []
+  inputs = meshes.vary_alike(inputs)
   for name in names:
     try:
       if len(names) > 1 and not options.interpret:

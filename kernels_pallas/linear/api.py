@@ -100,7 +100,7 @@ def _run(
   if pieces > 1:
     run = functools.partial(split.run_split, run, pieces=pieces)
   if context_axis is None:
-    o, state = run(inputs, options)
+    o, state = problem.run_divided(lambda x: run(x, options), inputs)
   else:
     problem.check_axis(context_axis)
     o, state = split.run_context(

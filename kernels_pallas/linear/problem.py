@@ -19,13 +19,14 @@ zero state.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import arguments
+from kernels_pallas import arguments, meshes
 
 CHUNK_SIZES = (16, 32, 64, 128, 256)
 # Sums of a chunk of such log gates are finite, and their exponentials 0.
@@ -62,6 +63,40 @@ class Inputs(NamedTuple):
   eta: jax.Array | None
   state: tuple[jax.Array, ...]
   segments: jax.Array | None
+
+
+def run_divided(
+  f: Callable[[Inputs], tuple[jax.Array, tuple[jax.Array, ...]]],
+  inputs: Inputs,
+  state_name: str = "initial_state",
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  """`f(inputs)`, by `meshes.run` on each device's part of the arrays.
+
+  Args:
+    f: returns o and the final state.
+    inputs: the arrays; those of one token lack T.
+    state_name: what the caller calls the state.
+
+  Returns:
+    What `f` does.
+  """
+  names = {"p": "erase_key", "state": state_name, "segments": "segment_ids"}
+  names = [names.get(name, name) for name in Inputs._fields]
+  keys, values, gates = "BTGK", "BTHV", "BTH"
+  decay = gates + "K" * (inputs.log_decay.ndim == inputs.v.ndim)
+  letters = [keys, keys, keys, values, decay, gates, gates, gates]
+  if inputs.v.ndim == 3:
+    letters = [x.replace("T", "") for x in letters]
+  layout = meshes.Layout(
+    arrays=dict(zip(names, (*letters, "BHKV", "BT"), strict=True)),
+    out=(letters[3], ("BHKV",) * len(inputs.state)),
+    hints={"T": "jax.reshard it, or see context_axis"},
+  )
+  return meshes.run(
+    lambda arrays: f(Inputs(*(arrays[name] for name in names))),
+    dict(zip(names, inputs, strict=True)),
+    layout,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

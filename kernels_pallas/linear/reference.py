@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import meshes
 from kernels_pallas.linear import problem
 
 
@@ -52,6 +53,7 @@ def run(
     return (state, token["segment"]), o
 
   start = (state, jnp.zeros((b,), jnp.int32))
+  start, tokens = meshes.vary_alike((start, tokens))
   (state, _), o = jax.lax.scan(walk, start, tokens)
   return jnp.moveaxis(o, 0, 1).astype(inputs.v.dtype), state
 

@@ -187,7 +187,12 @@ def _step(vectors, gates, state, scale, *, delta, **how):
   )
   scale = arguments.check_scale(scale, inputs.q.shape[-1])
   token = jax.tree.map(lambda x: x[:, 0], inputs._replace(state=None))
-  o, state = recurrent.advance(token, inputs.state, scale=scale, delta=delta)
+  token = token._replace(state=inputs.state)
+
+  advance = lambda token: recurrent.advance(
+    token, token.state, scale=scale, delta=delta
+  )
+  o, state = problem.run_divided(advance, token, "state")
   return o.astype(jnp.result_type(vectors[3])), state
 
 

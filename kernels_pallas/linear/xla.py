@@ -15,7 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import padding, products
+from kernels_pallas import meshes, padding, products
 from kernels_pallas.linear import (
   chunk,
   inverse,
@@ -94,9 +94,11 @@ def _system(tokens, segments, options):
     build = vector.vector_system
   else:
     build = chunk.scalar_system
-  return build(
+  system = build(
     q, k, p, gates, segments, scale=options.scale, delta=options.delta
   )
+  # Constants among it too: its cotangents vary.
+  return meshes.vary_alike(system)
 
 
 def _solved(tokens, segments, options):
