@@ -197,9 +197,7 @@ def common(*arrays: Any) -> tuple[jax.Array, ...]:
 
 def check_block(name: str, size: Any) -> int:
   """A block's size; ValueError unless it is an int of at least 1."""
-  if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-    raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
-  return size
+  return arguments.integer(name, size, 1)
 
 
 def check_causal(causal: Any, t: int, s: int) -> bool:
@@ -222,10 +220,10 @@ def check_segments(
   """
   if segment_ids is None:
     return None
-  arguments.check_integers("segment_ids", segment_ids)
+  segment_ids = arguments.integers("segment_ids", segment_ids)
   if t != s:
     raise ValueError(
       f"segment_ids needs as many queries as keys, got T = {t} and S = {s}"
     )
   arguments.check_shape("segment_ids", segment_ids, (b, t), "B, T")
-  return jnp.asarray(segment_ids, jnp.int32)
+  return arguments.renumbered(segment_ids)

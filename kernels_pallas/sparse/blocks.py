@@ -50,9 +50,10 @@ def check(blocks: Any, wanted: tuple[int, int, int], num_kv: int) -> Any:
       "blocks must be a BlockIndices or a pair (indices, counts), got "
       f"{type(blocks).__name__}"
     )
-  indices, counts = blocks[:2]
-  for name, x in (("indices", indices), ("counts", counts)):
-    arguments.check_integers(f"blocks.{name}", x)
+  indices, counts = (
+    arguments.integers(f"blocks.{name}", x)
+    for name, x in zip(("indices", "counts"), blocks, strict=False)
+  )
   if jnp.ndim(indices) != 4 or jnp.shape(indices)[:3] != wanted:
     raise ValueError(
       f"blocks.indices must have the shape [B, H, NQ, M] with [B, H, NQ] = "
@@ -66,7 +67,10 @@ def check(blocks: Any, wanted: tuple[int, int, int], num_kv: int) -> Any:
     )
   if arguments.known(indices) and arguments.known(counts):
     _check_values(np.asarray(indices), np.asarray(counts), num_kv)
-  return jnp.asarray(indices, jnp.int32), jnp.asarray(counts, jnp.int32)
+  most = np.iinfo(np.int32).max
+  return tuple(
+    jnp.asarray(arguments.saturated(x, most)) for x in (indices, counts)
+  )
 
 
 def _check_values(indices: np.ndarray, counts: np.ndarray, num_kv: int) -> None:

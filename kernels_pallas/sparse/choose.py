@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas import arguments
 from kernels_pallas.sparse import blocks as block_lists
 
 _BITS = 32
@@ -29,15 +30,12 @@ class Candidates(NamedTuple):
 
 def check_share(name: str, share: Any, *, zero: bool = False) -> float:
   """A share as a float; ValueError unless it lies in (0, 1] (or [0, 1])."""
-  number = isinstance(share, int | float | np.integer | np.floating)
-  if (
-    isinstance(share, bool)
-    or not number
-    or not (0 < share <= 1 or (zero and share == 0))
-  ):
+  number = arguments.number(share)
+  if number is None or not (0 < number <= 1 or (zero and number == 0)):
     allowed = "[0, 1]" if zero else "(0, 1]"
     raise ValueError(f"{name} must be a number in {allowed}, got {share!r}")
-  return float(share)
+  # The decimal that a narrower NumPy number was written as, see `rounded`.
+  return float(str(share)) if isinstance(share, np.floating) else number
 
 
 def rounded(share: float, number: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels_pallas import arguments, products
 from kernels_pallas.sparse import api, choose, core, problem, select
@@ -48,16 +49,8 @@ def kmeans(
   if x.ndim != 4:
     raise ValueError(f"x must have the shape [B, T, H, K], got {list(x.shape)}")
   b, t, h, size = x.shape
-  for name, number, most in (
-    ("num_clusters", num_clusters, t),
-    ("iterations", iterations, 1000),
-  ):
-    if isinstance(number, bool) or not (
-      isinstance(number, int) and 1 <= number <= most
-    ):
-      raise ValueError(
-        f"{name} must be an int from 1 to {most}, got {number!r}"
-      )
+  num_clusters = arguments.integer("num_clusters", num_clusters, 1, t)
+  iterations = arguments.integer("iterations", iterations, 1, 1000)
   x = jax.lax.stop_gradient(jnp.swapaxes(x, 1, 2))
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   if centroids is None:
@@ -111,8 +104,12 @@ def clustered_attention(
     k: `[B, S, H, K]`; heads that share keys must be repeated, because each
       has its own order of them.
     v: `[B, S, H, V]`.
-    q_clusters: int `[B, H, T]`, the cluster of each query (`kmeans`).
-    kv_clusters: int `[B, H, S]`, from 0 to `num_kv_clusters` - 1.
+    q_clusters: int `[B, H, T]`, the cluster of each query (`kmeans`): any
+      numbers, in whose order the queries are cut into blocks.
+    kv_clusters: int `[B, H, S]`, from 0 to `num_kv_clusters` - 1, which is
+      checked where the values are known, that is outside `jax.jit`. A traced
+      label beyond belongs to no cluster: no query sees its key, and where a
+      head has no other keys its output is 0.
     num_kv_clusters: C; the blocks are at most S / block_size + C.
     density: the listed share of those blocks.
     error_aware: as for `select_blocks`: lists the blocks whose means would
@@ -134,8 +131,11 @@ def clustered_attention(
   b, t, s, heads, groups = api.sizes(q, k, v)
   if heads != groups:
     raise ValueError(f"k must have as many heads as q, {heads}, got {groups}")
-  q_clusters = _labels("q_clusters", q_clusters, (b, heads, t), "B, H, T")
-  kv_clusters = _labels("kv_clusters", kv_clusters, (b, heads, s), "B, H, S")
+  num_kv_clusters = arguments.integer("num_kv_clusters", num_kv_clusters, 1)
+  q_clusters = arguments.renumbered(
+    _labels("q_clusters", q_clusters, (b, heads, t), "B, H, T")
+  )
+  kv_clusters = _key_labels(kv_clusters, (b, heads, s), num_kv_clusters)
   density = choose.check_share("density", density)
   block_size = api.check_block("block_size", block_size)
   if tail not in problem.TAILS:
@@ -169,10 +169,26 @@ def clustered_attention(
   return flat(take(flat(out), jnp.argsort(order, axis=-1)))
 
 
-def _labels(name: str, x: Any, wanted: tuple[int, ...], letters: str):
-  arguments.check_integers(name, x)
+def _labels(
+  name: str, x: Any, wanted: tuple[int, ...], letters: str
+) -> np.ndarray | jax.Array:
+  x = arguments.integers(name, x)
   arguments.check_shape(name, x, wanted, letters)
-  return jnp.asarray(x)
+  return x
+
+
+def _key_labels(x: Any, wanted: tuple[int, ...], number: int) -> jax.Array:
+  """int32 `[B, H, S]`, `number` for what is no cluster's."""
+  x = _labels("kv_clusters", x, wanted, "B, H, S")
+  if arguments.known(x):
+    least, most = int(np.min(x)), int(np.max(x))
+    if least < 0 or most >= number:
+      raise ValueError(
+        f"kv_clusters must be from 0 to num_kv_clusters - 1 = {number - 1}, "
+        f"got {least if least < 0 else most}"
+      )
+  x = jnp.asarray(arguments.saturated(x, number))
+  return jnp.where(x < 0, number, x)
 
 
 def _blocks(labels, num_clusters, size):
@@ -190,9 +206,11 @@ def _blocks(labels, num_clusters, size):
   first = before((count + size - 1) // size)
   order = jnp.argsort(labels, axis=-1)
   own = jnp.take_along_axis(labels, order, axis=-1)
-  of_own = lambda x: jnp.take_along_axis(x, own, axis=-1)
+  # What is no cluster's comes last, and has no slot.
+  of_own = lambda x: jnp.take_along_axis(x, own, axis=-1, mode="clip")
   rank = jnp.arange(s) - of_own(before(count))
   slot = (of_own(first) + rank // size) * size + rank % size
+  slot = jnp.where(own < num_clusters, slot, num_blocks * size)
   empty = jnp.full((*labels.shape[:2], num_blocks * size), s, jnp.int32)
   source = block_lists.write(empty, slot, order.astype(jnp.int32))
   filled = (source < s).reshape(*labels.shape[:2], num_blocks, size)

@@ -74,7 +74,7 @@ def full_attention(
 
 
 def _check_lengths(lengths, b, s):
-  arguments.check_integers("lengths", lengths)
+  lengths = arguments.integers("lengths", lengths)
   arguments.check_shape("lengths", lengths, (b,), "B")
   if arguments.known(lengths):
     least, most = int(np.min(lengths)), int(np.max(lengths))
@@ -82,7 +82,7 @@ def _check_lengths(lengths, b, s):
       raise ValueError(
         f"lengths must be from 0 to S = {s}, got {least if least < 0 else most}"
       )
-  return jnp.asarray(lengths, jnp.int32)
+  return jnp.asarray(arguments.saturated(lengths, s))
 
 
 class _Options(NamedTuple):

@@ -97,7 +97,8 @@ def in_context_attention(
     ValueError: naming the argument, for shapes and values that are not.
     NotImplementedError: where a named implementation cannot run.
   """
-  b, t, heads = _check_sequence(q, k, v, context_length)
+  b, t, heads = _check_sequence(q, k, v)
+  context_length = arguments.integer("context_length", context_length, 1, t - 1)
   keep = choose.check_share("keep", keep)
   sharp = choose.check_share("sharp", sharp, zero=True)
   density = choose.check_share("density", density)
@@ -264,20 +265,11 @@ def _causal_lists(scores, sharp, density):
   )
 
 
-def _check_sequence(q, k, v, context_length) -> tuple[int, int, int]:
-  """(B, T, H), with a target and a context of at least one token."""
+def _check_sequence(q, k, v) -> tuple[int, int, int]:
+  """(B, T, H)."""
   b, t, s, heads, _ = api.sizes(q, k, v)
   if t != s:
     raise ValueError(f"k must have as many tokens as q, T = {t}, got S = {s}")
-  if (
-    isinstance(context_length, bool)
-    or not isinstance(context_length, int)
-    or not 0 < context_length < t
-  ):
-    raise ValueError(
-      f"context_length must be an int from 1 to T - 1 = {t - 1}, got "
-      f"{context_length!r}"
-    )
   return b, t, heads
 
 

@@ -47,7 +47,7 @@ def prefix_shared_attention(
     TypeError: for arrays of other dtypes.
     ValueError: for shapes that do not fit.
   """
-  b, n = _check(prefix, suffixes)
+  b = _check(prefix, suffixes)
   arrays = api.common(*prefix, *suffixes)
   prefix, suffixes = arrays[:3], arrays[3:]
   scale = arguments.check_scale(scale, prefix[0].shape[-1])
@@ -71,9 +71,22 @@ def prefix_shared_attention(
   return first, core.merge(parts)[0].astype(first.dtype)
 
 
-def _check(prefix: Any, suffixes: Any) -> tuple[int, int]:
-  """(B, N), where everything fits."""
-  api.sizes(*prefix)
+def _check(prefix: Any, suffixes: Any) -> int:
+  """B, where everything fits."""
+  for name, x in (("prefix", prefix), ("suffixes", suffixes)):
+    if not isinstance(x, tuple | list) or len(x) != 3:
+      got = f" of {len(x)}" if isinstance(x, tuple | list) else ""
+      raise TypeError(
+        f"{name} must be a tuple (q, k, v), got {type(x).__name__}{got}"
+      )
+  prefix = [
+    arguments.floating(f"prefix's {name}", x)
+    for name, x in zip("qkv", prefix, strict=True)
+  ]
+  try:
+    api.sizes(*prefix)
+  except ValueError as e:
+    raise ValueError(f"prefix's {e}") from None
   if prefix[0].shape[1] != prefix[1].shape[1]:
     raise ValueError(
       "prefix must have as many queries as keys, got P = "
@@ -92,4 +105,4 @@ def _check(prefix: Any, suffixes: Any) -> tuple[int, int]:
         f"heads and size as prefix's {list(like.shape)}, N and R at least 1 "
         f"and as q's, got {list(x.shape)}"
       )
-  return q[0], q[1]
+  return q[0]

@@ -34,8 +34,6 @@ TAILS = ("drop", "mean", "mean_global", "mean_local", "mean_var")
 MASKED = -1e30
 # The second cumulant is an expansion around 0: bounded where it is not small.
 MAX_CUMULANT = 2.0
-# The segment of a block whose keys have several.
-MIXED = -(2**31)
 
 
 class Inputs(NamedTuple):
@@ -131,9 +129,9 @@ class Tail(NamedTuple):
     k: `[B, G, NK, K]`, mean keys.
     v: `[B, G, NK, V]`, mean values.
     bias: `[B, H, NQ, NK]`, log L_j, or `MASKED` where block j is in the list
-      of i or cannot be pooled for it.
-    segments: int32 `[B, NK]`, the segment of a block's keys, `MIXED` where
-      they have several; a query sees those of its own. None is one segment.
+      of i or cannot be pooled for it, as if its keys have several segments.
+    segments: int32 `[B, NK]`, the segment of a block's keys; a query sees
+      those of its own. None is one segment.
     variance: `[B, G, NK, K]` of "mean_var", else None.
     slope: `[B, G, 1 or NQ, K, V]` of "mean_global", else None: H / N, of one
       query block each where causal.

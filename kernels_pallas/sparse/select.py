@@ -7,6 +7,8 @@ only see in part are always listed, because nothing can be pooled of them.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,9 +180,10 @@ def _check_method(method, density, tau, top_p) -> float:
         f"{value!r}"
       )
   if own == "tau":
-    if isinstance(tau, bool) or not isinstance(tau, int | float):
-      raise ValueError(f"tau must be a number, got {tau!r}")
-    return float(tau)
+    value = arguments.number(tau)
+    if value is None or not math.isfinite(value):
+      raise ValueError(f"tau must be a number, and finite, got {tau!r}")
+    return value
   return choose.check_share(own, given[own])
 
 
@@ -193,19 +196,36 @@ def _forced(always, num_q, num_kv, options, length) -> np.ndarray:
   forced = np.zeros((num_q, num_kv), bool)
   if options.causal:
     forced |= overlap
-  for entry in always:
+  for entry in _entries(always, num_kv):
     if entry == "diagonal":
       forced |= overlap
-    elif isinstance(entry, int) and -num_kv <= entry < num_kv:
-      forced[:, entry] = True
     else:
-      raise ValueError(
-        "always must hold 'diagonal' and block numbers from "
-        f"{-num_kv} to {num_kv - 1}, got {entry!r}"
-      )
+      forced[:, entry] = True
   if options.causal:
     forced &= first < stop
   return forced
+
+
+def _entries(always, num_kv) -> list[int | str]:
+  """What `always` holds, checked."""
+  if isinstance(always, str) or not np.iterable(always):
+    raise ValueError(
+      "always must be a sequence of 'diagonal' and block numbers, got "
+      f"{always!r}"
+    )
+  entries = []
+  for entry in always:
+    if isinstance(entry, str) and entry == "diagonal":
+      entries.append(entry)
+      continue
+    try:
+      entries.append(arguments.integer("always", entry, -num_kv, num_kv - 1))
+    except ValueError as e:
+      raise ValueError(
+        "always must hold 'diagonal' and block numbers from "
+        f"{-num_kv} to {num_kv - 1}, got {entry!r}"
+      ) from e
+  return entries
 
 
 def _most_forced(forced, exact, options) -> int:

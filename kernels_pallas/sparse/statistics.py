@@ -57,7 +57,8 @@ def tail(exact: problem.Exact, options: problem.Options) -> problem.Tail | None:
   mean_k, mean_v = mean(k, lengths), mean(v, lengths)
   pooled = problem.Tail(mean_k, mean_v, bias(exact, options, mean_k.dtype))
   if exact.kv_segments is not None:
-    pooled = pooled._replace(segments=block_segments(exact, options.block_kv))
+    segments, _ = block_segments(exact, options.block_kv)
+    pooled = pooled._replace(segments=segments)
   if options.tail == "mean":
     return pooled
   deviation = centred(k.astype(mean_k.dtype), mean_k, lengths)
@@ -103,15 +104,20 @@ def bias(
   if options.causal:
     before = blocks_before(num_q, num_kv, options)
     hidden = hidden | (jnp.arange(num_kv) >= before[:, None])
+  if exact.kv_segments is not None:
+    _, mixed = block_segments(exact, options.block_kv)
+    hidden = hidden | mixed[:, None, None]
   log = jnp.log(jnp.maximum(lengths, 1).astype(dtype))
   return jnp.where(hidden, problem.MASKED, log)
 
 
-def block_segments(exact: problem.Exact, block_kv: int) -> jax.Array:
-  """The segment of each key block, `MIXED` for several: int32 `[B, NK]`.
+def block_segments(
+  exact: problem.Exact, block_kv: int
+) -> tuple[jax.Array, jax.Array]:
+  """The segment of each key block, and whether it has several: `[B, NK]`.
 
   Keys beyond the end repeat the last one's segment.
   """
   ids = exact.kv_segments.reshape(exact.kv_segments.shape[0], -1, block_kv)
   low, high = jnp.min(ids, axis=-1), jnp.max(ids, axis=-1)
-  return jnp.where(low == high, low, problem.MIXED)
+  return low, low != high

@@ -49,7 +49,8 @@ def windowed_attention(
     q: `[B, T, H, K]`, K up to 256.
     k: `[B, S, G, K]`.
     v: `[B, S, G, V]`.
-    window: at least 1, an int or int `[H]`. Values may be traced; then the
+    window: at least 1, an int or int `[H]` of any size: T + S is as good as
+      more. Values may be traced; then the
       lists are as long as the longest window would make them, S / block_kv:
       the result is the same, the time is that of dense attention.
     sink: at least 0, an int or int `[H]`.
@@ -67,8 +68,8 @@ def windowed_attention(
   Returns:
     `[B, T, H, V]`, and on request the log-partition `[B, T, H]`.
   """
-  heads = api.sizes(q, k, v)[3]
-  window = _per_head("window", window, heads, 1)
+  _, t, s, heads, _ = api.sizes(q, k, v)
+  window = _per_head("window", window, heads, 1, t + s)
   xp = np if isinstance(window, np.ndarray) else jnp
   low = xp.zeros_like(window) if causal else 1 - window
   return banded_attention(
@@ -139,8 +140,8 @@ def banded_attention(
     causal=api.check_causal(causal, t, s),
     interpret=interpret,
   )
-  bands = _check_bands(bands, heads)
-  sink = _per_head("sink", sink, heads, 0)
+  bands = _check_bands(bands, heads, t + s)
+  sink = _per_head("sink", sink, heads, 0, t + s)
   indices, counts = _lists(bands, sink, t, s, options)
   everywhere = lambda x: jnp.broadcast_to(x, (b, *x.shape))
   q, k, v = api.common(q, k, v)
@@ -157,31 +158,32 @@ def banded_attention(
   return api.attend(inputs, options, sinks, return_lse, implementation)
 
 
-def _integers(name: str, x: Any) -> np.ndarray | jax.Array:
-  """`x` as int32, of numpy where its values are known."""
-  arguments.check_integers(name, x)
-  if arguments.known(x):
-    return np.asarray(x).astype(np.int32)
-  return x.astype(jnp.int32)
+def _per_head(name: str, x: Any, heads: int, least: int, most: int) -> Any:
+  """int32 `[H]`, of NumPy where the values are known, brought to `most`.
 
-
-def _per_head(name: str, x: Any, heads: int, least: int) -> Any:
-  """int32 `[H]`, refused below `least` where the values are known."""
-  x = _integers(name, x)
+  Raises:
+    TypeError: unless they are integers.
+    ValueError: for another shape, and below `least` where that is known.
+  """
+  x = _known(arguments.integers(name, x))
   if x.shape not in ((), (heads,)):
     raise ValueError(
       f"{name} must be one integer or have the shape [H] = {[heads]}, got "
       f"{list(x.shape)}"
     )
-  if not isinstance(x, np.ndarray):
-    return jnp.broadcast_to(x, (heads,))
-  if x.min() < least:
+  if isinstance(x, np.ndarray) and x.min() < least:
     raise ValueError(f"{name} must be at least {least}, got {x.min()}")
-  return np.broadcast_to(x, (heads,))
+  xp = np if isinstance(x, np.ndarray) else jnp
+  return xp.broadcast_to(arguments.saturated(x, most), (heads,))
 
 
-def _check_bands(bands: Any, heads: int) -> Any:
-  bands = _integers("bands", bands)
+def _known(x: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+  """`x`, of NumPy where its values are known."""
+  return np.asarray(x) if arguments.known(x) else x
+
+
+def _check_bands(bands: Any, heads: int, most: int) -> Any:
+  bands = _known(arguments.integers("bands", bands))
   wanted = (heads, *bands.shape[1:2], 2)
   if bands.ndim != 3 or bands.shape != wanted or bands.shape[1] < 1:
     raise ValueError(
@@ -193,7 +195,7 @@ def _check_bands(bands: Any, heads: int) -> Any:
     raise ValueError(
       f"bands must have no high below its low, got {bad.tolist()}"
     )
-  return bands
+  return arguments.saturated(bands, most)
 
 
 def _lists(bands, sink, t, s, options):
