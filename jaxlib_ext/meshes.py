@@ -10,11 +10,20 @@ varies over, and a loop must start with a carry that varies as its result does;
 
 from __future__ import annotations
 
+import contextvars
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Inside `run_automatic`: the axes that divide the batch, which types of arrays
+# there no longer tell.
+_batch_axes = contextvars.ContextVar("batch_axes", default=None)
 
 
 def explicit_mesh(tree: Any) -> AbstractMesh | None:
@@ -43,6 +52,16 @@ def explicit_axes(mesh: AbstractMesh) -> tuple[str, ...]:
   )
 
 
+def batch_spec(x: Any, *, leading: int = 0) -> PartitionSpec:
+  """Returns a spec whose batch dimension is divided as the first of `x`.
+
+  Args:
+    x: an array `[B, ...]`.
+    leading: dimensions before the batch, which are not divided.
+  """
+  return PartitionSpec(*(None,) * leading, spec(x)[0])
+
+
 def spec(x: Any) -> tuple[Any, ...]:
   """Returns the explicit mesh axes of each dimension of an array.
 
@@ -58,7 +77,9 @@ def spec(x: Any) -> tuple[Any, ...]:
   return entries + (None,) * (len(kind.shape) - len(entries))
 
 
-def run_automatic(f: Callable[..., Any], *args: Any, out_specs: Any) -> Any:
+def run_automatic(
+  f: Callable[..., Any], *args: Any, out_specs: Any, batch: Any = None
+) -> Any:
   """Calls `f(*args)` with the compiler free to divide what is in between.
 
   Where no argument is an array of an explicit mesh, this is `f(*args)`. All
@@ -70,6 +91,8 @@ def run_automatic(f: Callable[..., Any], *args: Any, out_specs: Any) -> Any:
     out_specs: pytree of `PartitionSpec`, a prefix of the result: its type
       under an explicit mesh. An axis that does not divide its dimension
       raises.
+    batch: an array `[B, ...]`; what `f` gives to `divide_batch` is divided as
+      its batch is.
 
   Returns:
     The result of `f`.
@@ -82,10 +105,88 @@ def run_automatic(f: Callable[..., Any], *args: Any, out_specs: Any) -> Any:
     out_specs,
     is_leaf=lambda x: isinstance(x, PartitionSpec),
   )
-  run = jax.sharding.auto_axes(
-    f, axes=explicit_axes(mesh), out_sharding=shardings
-  )
-  return run(*args)
+  axes = None if batch is None else spec(batch)[0]
+
+  def run(*args):
+    token = _batch_axes.set(axes)
+    try:
+      return f(*args)
+    finally:
+      _batch_axes.reset(token)
+
+  names = explicit_axes(mesh)
+  return jax.sharding.auto_axes(run, axes=names, out_sharding=shardings)(*args)
+
+
+def automatic(
+  *arrays: str, batch: str, out_specs: Callable[..., Any]
+) -> Callable[[F], F]:
+  """Makes a function run automatically: a decorator for `run_automatic`.
+
+  Args:
+    *arrays: names of the function's arguments that are pytrees of arrays.
+    batch: the one whose batch others are divided as.
+    out_specs: function of all arguments, by name, that gives the `out_specs`;
+      called only where an array is of an explicit mesh.
+  """
+
+  def decorate(f):
+    signature = inspect.signature(f)
+
+    @functools.wraps(f)
+    def wrapped(*args, **kwargs):
+      bound = signature.bind(*args, **kwargs)
+      given = {n: x for n, x in bound.arguments.items() if n in arrays}
+      if explicit_mesh(given) is None:
+        return f(*args, **kwargs)
+      rest = {n: x for n, x in bound.arguments.items() if n not in arrays}
+      bound.apply_defaults()
+      return run_automatic(
+        lambda given: f(**given, **rest),
+        given,
+        out_specs=out_specs(**bound.arguments),
+        batch=given[batch],
+      )
+
+    return wrapped
+
+  return decorate
+
+
+def batch_is_divided() -> bool:
+  """Returns whether `run_automatic` was given a batch that is divided.
+
+  A loop over a divided batch would gather it.
+  """
+  return _batch_axes.get() is not None
+
+
+def divide_batch(x: jax.Array) -> jax.Array:
+  """Divides `[B, ...]` as the batch that `run_automatic` was given.
+
+  Left to itself, the compiler may divide another dimension of what comes from
+  a divided parameter, and gather. Outside `run_automatic` it returns `x`.
+  """
+  axes = _batch_axes.get()
+  if axes is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+
+
+def constraint(
+  sharding: jax.sharding.Sharding | None,
+) -> Callable[[jax.Array], jax.Array]:
+  """Returns a function that divides an array so, for `run_automatic`.
+
+  Args:
+    sharding: where its array is to lie; its mesh may have explicit axes. None
+      is `divide_batch`.
+  """
+  if sharding is None:
+    return divide_batch
+  if isinstance(sharding, NamedSharding) and explicit_axes(sharding.mesh):
+    return lambda x: jax.lax.with_sharding_constraint(x, sharding.spec)
+  return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
 
 def varying_axes(tree: Any) -> frozenset[str]:

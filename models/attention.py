@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kernels_pallas as ops
+from jaxlib_ext import meshes
 from models import config as config_lib
 from models import layers
 
@@ -230,7 +231,7 @@ def causal_attention(
   q, k, v = (_heads_first(x) for x in (q, k, v))
   if repeat > 1:
     k, v = (jnp.repeat(x, repeat, axis=1) for x in (k, v))
-  out = _causal(q, k, v, segment_ids)
+  out = _causal(*meshes.vary_alike(q, k, v, segment_ids))
   return jnp.swapaxes(out, 1, 2)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlib_ext import meshes
 from models import config as config_lib
 from models import layers
 
@@ -55,6 +56,24 @@ def head(params: Any, dtype: Any, cfg: Config) -> jax.Array:
   if cfg.tie_embeddings:
     return layers.weight(params["embed"], dtype).T
   return layers.weight(params["head"], dtype)
+
+
+def vocab_axes(params: Any, tokens: jax.Array, cfg: Config) -> Any:
+  """Returns the explicit mesh axes that divide the logits' last dimension.
+
+  They are those of the head, unless one of them divides the tokens already.
+  """
+  table = params["embed"] if cfg.tie_embeddings else params["head"]
+  if hasattr(table, "dequantize"):
+    table = table.codes
+  own = meshes.spec(table)[0 if cfg.tie_embeddings else -1]
+  taken = {name for entry in meshes.spec(tokens) for name in _names(entry)}
+  return None if taken.intersection(_names(own)) else own
+
+
+def _names(entry):
+  """The mesh axes of one entry of a `PartitionSpec`."""
+  return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def logits(x: jax.Array, params: Any, cfg: Config) -> jax.Array:

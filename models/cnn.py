@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlib_ext import specs
+from jaxlib_ext import meshes, specs
 from models import layers
 
 Params = Any
@@ -113,6 +113,14 @@ def init(key: jax.Array, cfg: Config) -> Params:
   return specs.init(key, param_specs(cfg))
 
 
+@meshes.automatic(
+  "params",
+  "x",
+  batch="x",
+  out_specs=lambda *, x, **_: Output(
+    meshes.batch_spec(x), meshes.batch_spec(x)
+  ),
+)
 def apply(
   params: Params,
   x: jax.Array,

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from jaxlib_ext import meshes
 from models import block, cache_policies, layers, mixers, stack
 from models import config as config_lib
 
@@ -115,6 +117,17 @@ def decode_step(
   return prefill(params, cache, tokens_t[:, None], cfg=cfg)
 
 
+def _prefill_specs(*, params, cache, tokens, cfg):
+  logits = PartitionSpec(
+    meshes.spec(tokens)[0], block.vocab_axes(params, tokens, cfg)
+  )
+  kept = jax.tree.map(lambda x: PartitionSpec(*meshes.spec(x)), cache)
+  return logits, kept
+
+
+@meshes.automatic(
+  "params", "cache", "tokens", batch="tokens", out_specs=_prefill_specs
+)
 def prefill(
   params: Any, cache: Cache, tokens: jax.Array, *, cfg: config_lib.Config
 ) -> tuple[jax.Array, Cache]:

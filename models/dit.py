@@ -19,8 +19,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from jaxlib_ext import specs
+from jaxlib_ext import meshes, specs
 from kernels_pallas.sparse import tiling
 from models import dit_block, dit_config, dit_flow, layers
 
@@ -97,6 +98,16 @@ def unpatchify(patches: jax.Array, cfg: Config) -> jax.Array:
   return pixels.reshape(batch, *cfg.input_shape)
 
 
+def _apply_specs(*, x, return_qkv, **_):
+  velocity = meshes.batch_spec(x)
+  if return_qkv:
+    return velocity, meshes.batch_spec(x, leading=1)
+  return velocity
+
+
+@meshes.automatic(
+  "params", "x", "t", "labels", "context", batch="x", out_specs=_apply_specs
+)
 def apply(
   params: Params,
   x: jax.Array,
@@ -159,6 +170,15 @@ def apply(
   return (velocity, qkv) if return_qkv else velocity
 
 
+@meshes.automatic(
+  "params",
+  "key",
+  "x",
+  "labels",
+  "context",
+  batch="x",
+  out_specs=lambda **_: PartitionSpec(),
+)
 def loss(
   params: Params,
   key: jax.Array,
@@ -194,6 +214,14 @@ def loss(
   return jnp.mean(jnp.square(velocity - target))
 
 
+@meshes.automatic(
+  "params",
+  "noise",
+  "labels",
+  "context",
+  batch="noise",
+  out_specs=lambda *, noise, **_: meshes.batch_spec(noise),
+)
 def sample(
   params: Params,
   noise: jax.Array,
@@ -284,7 +312,7 @@ def tokens(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
   patches = patchify(x.astype(jnp.dtype(cfg.compute_dtype)), cfg)
   if cfg.tile:
     patches = tiling.tile(patches, cfg.grid, cfg.tile)
-  return layers.matmul(patches, params["patch_embed"])
+  return meshes.divide_batch(layers.matmul(patches, params["patch_embed"]))
 
 
 def _condition(params, t, labels, cfg):

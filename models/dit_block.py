@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import kernels_pallas
+from jaxlib_ext import meshes
 from kernels_pallas.sparse import dense, tiling
 from models import dit_config, layers
 
@@ -107,6 +108,8 @@ def _full(q, k, v, cfg, share=None):
     attend = lambda example: dense.full_attention(*(x[None] for x in example))
     return jax.lax.map(attend, (q, k, v))[:, 0]
 
+  if meshes.batch_is_divided():
+    return dense.full_attention(q, k, v)
   return jax.lax.platform_dependent(
     q, k, v, cpu=one_by_one, default=dense.full_attention
   )

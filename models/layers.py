@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlib_ext import meshes
+
 
 def weight(leaf: Any, dtype: Any) -> jax.Array:
   """A parameter as an array: itself, or dequantized to `dtype`."""
@@ -35,7 +37,7 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     # the activation function computed again in that strided order.
     rows = x.reshape(-1, x.shape[-1]) @ w.astype(jnp.float32)
     return rows.reshape(*x.shape[:-1], w.shape[-1])
-  return _low_precision_matmul(x, w)
+  return _low_precision_matmul(*meshes.vary_alike(x, w))
 
 
 def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
@@ -53,11 +55,12 @@ def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
 # all three products have bfloat16 operands.
 @jax.custom_vjp
 def _low_precision_matmul(x, w):
-  return dot(x, w.astype(x.dtype), x.ndim - 1, 0).astype(x.dtype)
+  return _matmul_fwd(x, w)[0]
 
 
 def _matmul_fwd(x, w):
-  return _low_precision_matmul(x, w), (x, w)
+  # Not by the function above: this is what a second derivative goes through.
+  return dot(x, w.astype(x.dtype), x.ndim - 1, 0).astype(x.dtype), (x, w)
 
 
 def _matmul_bwd(residuals, g):
@@ -80,21 +83,28 @@ def dot_rows(x: jax.Array, g: jax.Array) -> jax.Array:
     float32 `[D, F]`.
   """
   rows = g.reshape(-1, g.shape[-1])
+  # Blocks within a sequence: a divided batch stays divided.
+  block = block_size(x.shape[-2])
   x = x.reshape(-1, x.shape[-1])
   if x.dtype == jnp.float32:
     return dot(x, rows, 0, 0)
-  return dot(transpose(x), rows, 1, 0)
+  return dot(transpose(x, block), rows, 1, 0)
 
 
-def transpose(x: jax.Array) -> jax.Array:
+def transpose(x: jax.Array, block: int | None = None) -> jax.Array:
   """Swaps the last two axes by a copy that XLA does not fold into a dot.
 
   XLA:CPU has fast bfloat16 products (4 to 8 times float32 where the CPU has
   AMX) only for operands whose contracted axis is last on the left; a plain
   transpose is folded into the product, which is then computed in float32.
+
+  Args:
+    x: `[..., rows, columns]`.
+    block: rows that are copied together, a divisor of their number; None is
+      `block_size` of it.
   """
   *batch, rows, columns = x.shape
-  block = block_size(rows)
+  block = block or block_size(rows)
   x = x.reshape(*batch, rows // block, block, columns)
   return jnp.moveaxis(x, -1, -3).reshape(*batch, columns, rows)
 

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxlib_ext import meshes
 from models import layers
 
 # Logits held at once: 64 MiB in float32.
@@ -64,7 +65,8 @@ def linear_cross_entropy(
     weights = weights.astype(jnp.float32)
     total = jnp.sum(weights)
     weights = weights / jnp.where(total == 0, 1.0, total)
-  loss, nll = _linear_cross_entropy(x, head, targets, weights, float(z_loss))
+  arrays = meshes.vary_alike(x, head, targets, weights)
+  loss, nll = _linear_cross_entropy(*arrays, float(z_loss))
   nll = jax.lax.stop_gradient(nll)
   return loss, {"nll": nll, "z_loss": jax.lax.stop_gradient(loss) - nll}
 
@@ -138,6 +140,7 @@ def _over_slices(step, init, arrays, w):
     ]
     return step(carry, piece)
 
+  init = meshes.vary_like(init, arrays)
   carry, out = jax.lax.scan(body, init, jnp.arange(0, length, size))
   if out is not None:
     out = jnp.moveaxis(out, 0, 1).reshape(arrays[0].shape)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlib_ext import meshes
 from models import config as config_lib
 from models import decode
 
@@ -75,6 +76,15 @@ def sample(
 
 @functools.partial(
   jax.jit, static_argnames=("cfg", "steps", "greedy", "top_k", "nucleus")
+)
+@meshes.automatic(
+  "key",
+  "params",
+  "prompt",
+  "temperature",
+  "top_p",
+  batch="prompt",
+  out_specs=lambda *, prompt, **_: meshes.batch_spec(prompt),
 )
 def _sample(
   key, params, prompt, temperature, top_p, *, cfg, steps, greedy, top_k, nucleus

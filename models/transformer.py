@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from jaxlib_ext import specs
+from jaxlib_ext import meshes, specs
 from models import (
   attention,
   block,
@@ -149,6 +150,16 @@ def init(key: jax.Array, cfg: Config) -> Params:
   return specs.init(key, param_specs(cfg))
 
 
+def _output_specs(*, params, tokens, cfg, **_):
+  rows = meshes.spec(tokens)
+  states = PartitionSpec(None, *rows)
+  vocab = block.vocab_axes(params, tokens, cfg)
+  return Output(PartitionSpec(*rows, vocab), states, states, PartitionSpec())
+
+
+@meshes.automatic(
+  "params", "tokens", "segment_ids", batch="tokens", out_specs=_output_specs
+)
 def apply(
   params: Params,
   tokens: jax.Array,
@@ -196,6 +207,15 @@ def apply(
   return Output(logits, *others)
 
 
+@meshes.automatic(
+  "params",
+  "tokens",
+  "targets",
+  "segment_ids",
+  "weights",
+  batch="tokens",
+  out_specs=lambda **_: PartitionSpec(),
+)
 def loss(
   params: Params,
   tokens: jax.Array,
@@ -255,10 +275,7 @@ def _trunk(
   return_max_logits=False,
 ):
   """The normed last state [B, T, D] and the optional fields of `Output`."""
-  if residual_sharding is None:
-    divide = lambda x: x
-  else:
-    divide = lambda x: jax.lax.with_sharding_constraint(x, residual_sharding)
+  divide = meshes.constraint(residual_sharding)
   with jax.named_scope("embed"):
     x = divide(block.embed(params, tokens, cfg))
   rotation = None

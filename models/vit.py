@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlib_ext import specs
+from jaxlib_ext import meshes, specs
 from models import block, dit, dit_block, dit_config, layers
 
 # A diffusion transformer's: labels are what it predicts, not what it is told,
@@ -79,6 +79,14 @@ def init(key: jax.Array, cfg: Config) -> Params:
   return specs.init(key, param_specs(cfg))
 
 
+@meshes.automatic(
+  "params",
+  "x",
+  batch="x",
+  out_specs=lambda *, x, **_: Output(
+    meshes.batch_spec(x), meshes.batch_spec(x, leading=1)
+  ),
+)
 def apply(
   params: Params,
   x: jax.Array,
