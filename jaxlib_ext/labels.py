@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxlib_ext import paths
+from jaxlib_ext import paths, trees
 
 LABELS = ("matrix", "embedding", "head", "vector")
 
@@ -49,8 +49,13 @@ def leads_back(name: str) -> bool:
 
 
 def is_param(x: Any) -> bool:
-  """Whether `x` counts as one parameter though it is itself a pytree."""
-  return hasattr(x, "dequantize")
+  """Whether `x` counts as one parameter though it is itself a pytree.
+
+  Its class says so, as that of `QTensor` does: a `nnx.Param` forwards
+  questions about its attributes to the value it holds, which may be anything.
+  """
+  kind = type(x)
+  return hasattr(kind, "dequantize") and hasattr(kind, "shape")
 
 
 def label_params(
@@ -110,19 +115,8 @@ def resolve(labels: Labels, params: Any) -> Any:
   """
   if labels is None:
     return label_params(params)
-  tree = labels(params) if callable(labels) else labels
-  try:
-    full = jax.tree.map(
-      lambda label, sub: jax.tree.map(lambda _: label, sub, is_leaf=is_param),
-      tree,
-      params,
-    )
-  except (ValueError, TypeError) as e:
-    raise ValueError(
-      "labels: the tree of labels does not fit the parameters: "
-      f"{jax.tree.structure(tree)} against "
-      f"{jax.tree.structure(params, is_leaf=is_param)}"
-    ) from e
+  tree = trees.given(labels, params)
+  full = trees.spread("labels", tree, params, is_param=is_param)
   for label in jax.tree.leaves(full):
     if label not in LABELS:
       raise ValueError(f"labels: got {label!r}; allowed: {LABELS}")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlib_ext import paths
+from jaxlib_ext import paths, trees
 
 Axis = int | tuple[int, ...]
 Blocks = int | tuple[int, ...]
@@ -64,7 +64,7 @@ def resolve(spec: Spec, tree: Any, method: str) -> list[MatrixAxes]:
       dimensions; axes that a leaf lacks or that are named twice; blocks that
       do not cut a side. Each names the leaf.
   """
-  spec = spec(tree) if callable(spec) else spec
+  spec = trees.given(spec, tree)
   flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_masked)
   if spec is None:
     entries = [None] * len(flat)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import labels as labels_lib
+from jaxlib_ext import trees
 from optim import arguments, groups, matrices, numerics
 from optim.adaptive import moments
 
@@ -220,7 +221,7 @@ def _tensor_axes(
   """For each leaf, the axes that one tensor of it goes over."""
   kinds = jax.tree.leaves(labels_lib.resolve(labels, tree))
   leaves, treedef = jax.tree.flatten(tree)
-  spec = matrix_axes(tree) if callable(matrix_axes) else matrix_axes
+  spec = trees.given(matrix_axes, tree)
   of_matrices = treedef.unflatten(
     [
       optax.MaskedNode() if kind == "vector" or leaf.ndim < 2 else leaf
