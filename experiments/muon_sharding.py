@@ -113,7 +113,8 @@ def compile_update(case: Case, naive: bool) -> jax.stages.Compiled:
   tree = matrices(case)
   where = sharding.shardings(tree, mesh)
   tx = optim.scale_by_muon(ns_form="direct")
-  state = optim.MuonState(where)
+  everywhere = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  state = optim.MuonState(where, everywhere)
   grads = {
     # A sharding in a type shows the mesh to whoever traces; one beside it
     # shows it to the compiler only.
@@ -128,7 +129,8 @@ def compile_update(case: Case, naive: bool) -> jax.stages.Compiled:
     out_shardings=(where, state),
     donate_argnums=1,
   )
-  return step.lower(grads, optim.MuonState(grads)).compile()
+  count = jax.ShapeDtypeStruct((), jnp.int32)
+  return step.lower(grads, optim.MuonState(grads, count)).compile()
 
 
 def measure(case: Case, naive: bool) -> dict[str, Any]:

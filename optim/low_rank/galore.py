@@ -19,8 +19,8 @@ from optim.low_rank import moments, projection
 class GaloreState(NamedTuple):
   """State of `scale_by_galore`, for matrices of sides S <= L and rank r.
 
-  A leaf whose matrix is cut into blocks of unequal size has a tuple of arrays
-  in place of one.
+  Where a matrix is cut into blocks of unequal size, a field is a tuple of
+  trees: of the first blocks, the second, and so on.
 
   Attributes:
     count: int32, steps taken.

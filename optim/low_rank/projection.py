@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxlib_ext import paths, sequencing
 from optim import arguments, matrices, numerics
@@ -147,29 +148,48 @@ class Layout:
 
   def join(self, parts: Sequence[jax.Array]) -> Any:
     """Inverse of `split`, in the leaves' dtypes."""
-    groups = self.unpack(self.pack(parts), as_groups=True)
     return self.treedef.unflatten(
       matrices.join(group, leaf.shape, axes).astype(leaf.dtype)
-      for group, leaf, axes in zip(groups, self.leaves, self.axes, strict=True)
-    )
-
-  def pack(self, parts: Sequence[Any]) -> Any:
-    """A state like the tree: one entry, or a tuple of them, per leaf."""
-    items = iter(parts)
-    groups = [tuple(next(items) for _ in cut) for cut in self.parts]
-    return self.treedef.unflatten(
-      group[0] if len(group) == 1 else group for group in groups
-    )
-
-  def unpack(self, tree: Any, as_groups: bool = False) -> list[Any]:
-    """Inverse of `pack`; `as_groups` gives one tuple per leaf."""
-    groups = [
-      (entry,) if len(cut) == 1 else tuple(entry)
-      for entry, cut in zip(
-        self.treedef.flatten_up_to(tree), self.parts, strict=True
+      for group, leaf, axes in zip(
+        self._grouped(parts), self.leaves, self.axes, strict=True
       )
+    )
+
+  def pack(self, parts: Sequence[jax.Array]) -> Any:
+    """A state like the tree, with one array in the place of each leaf.
+
+    Where leaves are cut into several stacks, a tuple of such trees: the first
+    of the leaves' first stacks, and so on, with `optax.MaskedNode` where a
+    leaf has no more. Wrappers that keep a box for each parameter, as
+    `flax.nnx.Optimizer` does, take one array in it and no tuple.
+    """
+    groups = self._grouped(parts)
+    trees = tuple(
+      self.treedef.unflatten(
+        group[i] if i < len(group) else optax.MaskedNode() for group in groups
+      )
+      for i in range(self._depth)
+    )
+    return trees[0] if self._depth == 1 else trees
+
+  def unpack(self, state: Any) -> list[jax.Array]:
+    """Inverse of `pack`."""
+    trees = (state,) if self._depth == 1 else state
+    columns = [self.treedef.flatten_up_to(tree) for tree in trees]
+    return [
+      columns[i][leaf]
+      for leaf, cut in enumerate(self.parts)
+      for i in range(len(cut))
     ]
-    return groups if as_groups else [x for group in groups for x in group]
+
+  @property
+  def _depth(self) -> int:
+    return max(map(len, self.parts), default=1)
+
+  def _grouped(self, parts: Sequence[Any]) -> list[list[Any]]:
+    """One list of stacks per leaf."""
+    items = iter(parts)
+    return [[next(items) for _ in cut] for cut in self.parts]
 
 
 def rank_of(rank: int | float, name: str, shape: Sequence[int]) -> int:

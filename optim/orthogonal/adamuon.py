@@ -24,13 +24,12 @@ class AdamuonState(NamedTuple):
   Attributes:
     momentum: the gradients' moving average, a pytree like the parameters.
     second_moment: the polar factors' moving mean square, the same.
-    count: int32, the updates so far, where the momentum is a schedule; else
-      None.
+    count: int32, the updates so far.
   """
 
   momentum: optax.Updates
   second_moment: optax.Updates
-  count: jax.Array | None = None
+  count: jax.Array
 
 
 def _direction(x: jax.Array, v: jax.Array, eps: float) -> jax.Array:

@@ -24,8 +24,8 @@ class DionState(NamedTuple):
   Attributes:
     momentum: what of the gradients has not been applied yet, a pytree like
       the parameters.
-    basis: Q, [batch..., d_in, r] per leaf with columns of norm 1, or a tuple
-      of such where a leaf's blocks differ in size.
+    basis: Q, [batch..., d_in, r] per leaf with columns of norm 1; a tuple of
+      such trees, by block, where a leaf's blocks differ in size.
   """
 
   momentum: optax.Updates

@@ -43,7 +43,7 @@ class Orthogonalized(NamedTuple):
     grads: the gradients' leaves.
     treedef: of the gradients.
     momentum: the new average, in the dtypes of the old one.
-    count: the new number of updates, or None.
+    count: int32, the new number of updates.
   """
 
   factors: Matrices
@@ -51,7 +51,7 @@ class Orthogonalized(NamedTuple):
   grads: list[jax.Array]
   treedef: Any
   momentum: Any
-  count: jax.Array | None
+  count: jax.Array
 
   def updates(self, parts: Matrices) -> Any:
     """Directions per leaf, split like `factors`, as a tree of updates."""
@@ -96,10 +96,10 @@ class Orthogonalizer:
           f"{name} must be one of {tuple(allowed)}, got {value!r}"
         )
 
-  def init(self, params: Any) -> tuple[Any, jax.Array | None]:
-    """The zero average and, where `momentum` is a schedule, a count of 0."""
+  def init(self, params: Any) -> tuple[Any, jax.Array]:
+    """The zero average and a count of 0."""
     self.resolve(params)
-    count = jnp.zeros([], jnp.int32) if callable(self.momentum) else None
+    count = jnp.zeros([], jnp.int32)
     return numerics.zeros_like(params, self.momentum_dtype), count
 
   def resolve(self, params: Any) -> list[matrices.MatrixAxes]:
@@ -114,7 +114,7 @@ class Orthogonalizer:
     self,
     updates: Any,
     momentum: Any,
-    count: jax.Array | None,
+    count: jax.Array,
     *,
     before: Callable[[jax.Array], jax.Array] = lambda x: x,
   ) -> Orthogonalized:
@@ -123,7 +123,7 @@ class Orthogonalizer:
     Args:
       updates: the gradients.
       momentum: the average so far.
-      count: the updates so far, or None.
+      count: int32, the updates so far.
       before: elementwise, of what is to be orthogonalised.
 
     Returns:
@@ -155,7 +155,7 @@ class Orthogonalizer:
       grads,
       treedef,
       numerics.cast_like(treedef.unflatten(averages), momentum),
-      None if count is None else optax.safe_increment(count),
+      optax.safe_increment(count),
     )
 
   def _average(self, grads, moments, count):

@@ -22,12 +22,11 @@ class MuonState(NamedTuple):
 
   Attributes:
     momentum: the gradients' moving average, a pytree like the parameters.
-    count: int32, the updates so far, where the momentum is a schedule; else
-      None.
+    count: int32, the updates so far.
   """
 
   momentum: optax.Updates
-  count: jax.Array | None = None
+  count: jax.Array
 
 
 def scale_by_muon(

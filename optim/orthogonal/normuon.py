@@ -25,13 +25,12 @@ class NormuonState(NamedTuple):
     second_moment: the moving average of the polar factors' mean squares over
       the inputs of each output: a pytree like the parameters with the size 1,
       or the number of `input_blocks`, on the fan-in's (first) axis.
-    count: int32, the updates so far, where the momentum is a schedule; else
-      None.
+    count: int32, the updates so far.
   """
 
   momentum: optax.Updates
   second_moment: optax.Updates
-  count: jax.Array | None = None
+  count: jax.Array
 
 
 def _per_output(

@@ -32,7 +32,7 @@ import optax
 
 from jaxlib_ext import labels as labels_lib
 from jaxlib_ext import paths, quantization
-from optim import groups, numerics
+from optim import apply, groups, numerics
 
 _ROUNDINGS = ("stochastic", "nearest")
 _MAX_LOOK_AHEAD = 4096
@@ -331,7 +331,9 @@ def eco(
       key=key if stochastic else None,
     )
     updates = jax.tree.map(
-      lambda role, new, update: new if role == "matrix" else update,
+      lambda role, new, update: (
+        apply.Replacement.of(new) if role == "matrix" else update
+      ),
       roles,
       quantized,
       updates,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +18,54 @@ import optax
 from jaxlib_ext import labels as labels_lib
 from jaxlib_ext import quantization
 from jaxlib_ext.quantization import rounding
-from optim import arguments, groups, matrices
+from optim import apply, arguments, groups, matrices
 from optim.low_rank import moments, projection
 
 _QUEUE = 5
 # Intervals stop doubling before they overflow.
 _LONGEST = 2**30
+
+
+class QuantizedArrays(NamedTuple):
+  """The parts of `QTensor`s, each as a tree like the parameters.
+
+  And not a tree of `QTensor`s: wrappers that keep a box for each parameter,
+  as `flax.nnx.Optimizer` does, take one array in it.
+
+  Attributes:
+    codes: one array per leaf.
+    scales: the same.
+    matrix_scale: the same, or None where the format has none.
+  """
+
+  codes: Any
+  scales: Any
+  matrix_scale: Any
+
+  @classmethod
+  def of(
+    cls, layout: projection.Layout, tensors: Sequence[quantization.QTensor]
+  ) -> QuantizedArrays:
+    """Packs one tensor per stack of the layout."""
+    whole = [q.matrix_scale for q in tensors]
+    return cls(
+      layout.pack([q.codes for q in tensors]),
+      layout.pack([q.scales for q in tensors]),
+      None if any(x is None for x in whole) else layout.pack(whole),
+    )
+
+  def tensors(
+    self, layout: projection.Layout, fmt: quantization.Format
+  ) -> list[quantization.QTensor]:
+    """Inverse of `of`."""
+    codes, scales = layout.unpack(self.codes), layout.unpack(self.scales)
+    whole = [None] * len(codes)
+    if self.matrix_scale is not None:
+      whole = layout.unpack(self.matrix_scale)
+    return [
+      quantization.QTensor(*parts, fmt)
+      for parts in zip(codes, scales, whole, strict=True)
+    ]
 
 
 class QGaloreState(NamedTuple):
@@ -31,9 +74,9 @@ class QGaloreState(NamedTuple):
   Attributes:
     count: int32, steps taken.
     key: uint32 words of the PRNG key for rounding at random.
-    projector: `QTensor`s of bases, r S codes per matrix.
-    mu: `QTensor`s of first moments, r L codes.
-    root: `QTensor`s of the square roots of second moments, r L codes.
+    projector: bases, r S codes per matrix.
+    mu: first moments, r L codes.
+    root: the square roots of second moments, r L codes.
     wait: int32 [batch...], steps until each matrix's subspace is recomputed.
     interval: int32 [batch...], the waits that follow.
     agreement: float32 [batch..., 5, 1], |cosine| between successive leading
@@ -42,9 +85,9 @@ class QGaloreState(NamedTuple):
 
   count: jax.Array
   key: jax.Array
-  projector: Any
-  mu: Any
-  root: Any
+  projector: QuantizedArrays
+  mu: QuantizedArrays
+  root: QuantizedArrays
   wait: Any
   interval: Any
   agreement: Any
@@ -220,9 +263,9 @@ def scale_by_q_galore(
     return QGaloreState(
       count=jnp.zeros((), jnp.int32),
       key=jax.random.key_data(jax.random.key(seed)),
-      projector=layout.pack(bases),
-      mu=layout.pack(mu),
-      root=layout.pack(root),
+      projector=QuantizedArrays.of(layout, bases),
+      mu=QuantizedArrays.of(layout, mu),
+      root=QuantizedArrays.of(layout, root),
       wait=full(0, jnp.int32),
       interval=full(update_interval, jnp.int32),
       agreement=full(-1, jnp.float32, _QUEUE, 1),
@@ -233,11 +276,16 @@ def scale_by_q_galore(
     layout = projection.Layout.of(updates, matrix_axes, "Q-GaLore")
     count = optax.safe_increment(state.count)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
+    held = (
+      state.projector.tensors(layout, fmt),
+      state.mu.tensors(layout, fmt8),
+      state.root.tensors(layout, fmt8),
+      *map(layout.unpack, state[5:]),
+    )
     out, new = [], []
-    for i, (g, *held) in enumerate(
-      zip(layout.split(updates), *map(layout.unpack, state[2:]), strict=True)
+    for i, (g, q, mu, root, *schedule) in enumerate(
+      zip(layout.split(updates), *held, strict=True)
     ):
-      q, mu, root, *schedule = held
       p, wait, interval, agreement = _recompute(
         g, q.dequantize(), *schedule, basis=basis, threshold=threshold
       )
@@ -256,9 +304,13 @@ def scale_by_q_galore(
       )
       out.append(scale * projection.up(p, direction, g.shape))
       new.append((q, mu, root, wait - 1, interval, agreement))
-    packed = [layout.pack(column) for column in zip(*new, strict=True)]
-    packed = packed or state[2:]
-    return layout.join(out), QGaloreState(count, state.key, *packed)
+    q, mu, root, *schedule = zip(*new, strict=True) if new else held
+    return layout.join(out), QGaloreState(
+      count,
+      state.key,
+      *(QuantizedArrays.of(layout, x) for x in (q, mu, root)),
+      *map(layout.pack, schedule),
+    )
 
   return optax.GradientTransformation(init, update)
 
@@ -293,6 +345,7 @@ def _on_quantized(
       if quantization.is_qtensor(leaf):
         leaf_key = jax.random.fold_in(key, place)
         u = quantization.quantize(w + u, leaf.format, key=leaf_key)
+        u = apply.Replacement.of(u)
         place += 1
       out.append(u)
     return treedef.unflatten(out), QuantizedWeightsState(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import labels, paths, quantization
-from optim import arguments, groups
+from optim import apply, arguments, groups
 from optim.zeroth_order import spsa
 
 
@@ -201,7 +201,7 @@ def qzo(
     groups.descent(slopes, learning_rate, weight_decay),
     relative=relative,
     train_unquantized=train_unquantized,
-    finish=lambda param, step: _with_scales(
-      param, jnp.maximum(param.scales + step, 0)
+    finish=lambda param, step: apply.Replacement.of(
+      _with_scales(param, jnp.maximum(param.scales + step, 0))
     ),
   )

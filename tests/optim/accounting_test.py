@@ -115,8 +115,8 @@ class StateBytesTest(parameterized.TestCase):
     params = {"w": jax.ShapeDtypeStruct((100, 50), jnp.bfloat16)}
     muon = optim.state_bytes(optim.muon(0.1), params)
     self.assertEqual(muon["params"], 2 * 5000)
-    # A float32 momentum, and Adam's two counters for the absent others.
-    self.assertEqual(muon["state"], 4 * 5000 + 2 * 4)
+    # A float32 momentum, its counter, and Adam's two for the absent others.
+    self.assertEqual(muon["state"], 4 * 5000 + 3 * 4)
     scale = optim.state_bytes(optim.column_normalized_sgd(0.1), params)
     self.assertEqual(scale["state"], 4)
 

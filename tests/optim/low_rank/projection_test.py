@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl.testing import absltest, parameterized
 
 import optim
@@ -143,7 +144,9 @@ class LayoutTest(absltest.TestCase):
     jax.tree.map(np.testing.assert_array_equal, joined, tree)
     self.assertEqual(joined["qkv"].dtype, jnp.bfloat16)
     packed = layout.pack(parts)
-    self.assertLen(packed["qkv"], 3)
+    self.assertLen(packed, 3)
+    self.assertIs(packed[2]["qkv"], parts[2])
+    self.assertEqual(packed[1]["w"], optax.MaskedNode())
     for a, b in zip(layout.unpack(packed), parts, strict=True):
       self.assertIs(a, b)
 

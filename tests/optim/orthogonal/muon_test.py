@@ -186,13 +186,12 @@ class MomentumTest(parameterized.TestCase):
           # optax counts a schedule's steps in float32.
           np.testing.assert_allclose(u["w"], w, atol=1e-5)
 
-  def test_the_count_is_there_for_schedules_only(self):
+  def test_the_count_is_there_whether_a_schedule_reads_it_or_not(self):
+    # A field that is None would be filled by `optax.tree.set(count=n)`.
     params = {"w": jnp.ones((2, 3))}
-    state = optim.scale_by_muon(momentum=lambda n: 0.1 * n).init(params)
-    self.assertEqual((state.count.dtype, int(state.count)), (jnp.int32, 0))
-    plain = optim.scale_by_muon().init(params)
-    self.assertIsNone(plain.count)
-    self.assertLen(jax.tree.leaves(plain), 1)
+    for momentum in (0.9, lambda n: 0.1 * n):
+      state = optim.scale_by_muon(momentum=momentum).init(params)
+      self.assertEqual((state.count.dtype, int(state.count)), (jnp.int32, 0))
 
   def test_a_rate_of_one_is_refused(self):
     with self.assertRaisesRegex(ValueError, r"momentum.*\[0, 1\).*1.0"):

@@ -73,15 +73,16 @@ class PlacementTest(parameterized.TestCase):
     mesh = make_mesh(axes)
     host, divided, where = on_mesh(shapes, mesh)
     tx = optim.scale_by_muon(shape_scale=None)
-    state = optim.MuonState(divided)
-    layout = (where, optim.MuonState(where))
+    everywhere = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    state = tx.init(divided)
+    layout = (where, optim.MuonState(where, everywhere))
     compiled = jax.jit(tx.update, out_shardings=layout).lower(divided, state)
     compiled = compiled.compile()
     got, _ = compiled(divided, state)
     # A square's columns are where "o" has its rows.
     turn = lambda tree: {**tree, "o": jnp.swapaxes(tree["o"], 1, 2)}
     turned = turn(host)
-    want = turn(jax.jit(tx.update)(turned, optim.MuonState(turned))[0])
+    want = turn(jax.jit(tx.update)(turned, tx.init(turned))[0])
     for name in host:
       # A few roundings of bfloat16: the sums are in another order.
       np.testing.assert_allclose(got[name], want[name], atol=2.0**-6)

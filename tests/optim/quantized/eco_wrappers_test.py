@@ -286,6 +286,53 @@ class ApplyUpdatesTest(parameterized.TestCase):
     zeroed = jax.tree.map(jnp.zeros_like, new)
     self.assertTrue(same_bits(optim.apply_updates(old, zeroed), old))
 
+  @parameterized.parameters(*FORMATS)
+  def test_updates_that_were_computed_with(self, name):
+    params = quantization.quantize_tree({"w": jnp.ones((16, 8))}, name)
+    tx = optim.eco(1e-2)
+    grads = {"w": jnp.ones((16, 8))}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    got = optim.apply_updates(params, updates)
+    self.assertEqual(jax.tree.structure(got), jax.tree.structure(params))
+    self.assertTrue(same_bits(got["w"].codes, updates["w"].codes))
+    zeroed = jax.tree.map(jnp.zeros_like, updates)
+    self.assertTrue(same_bits(optim.apply_updates(params, zeroed), params))
+    # u = 0.1 · 0.01, within a rounding at random of the coarsest format.
+    np.testing.assert_allclose(got["w"].dequantize(), 0.999, atol=0.5)
+
+    for apply in (optax.apply_updates, jax.jit(optax.apply_updates)):
+      with self.assertRaisesRegex(ValueError, r"optim\.apply_updates puts"):
+        apply(params, updates)
+    with self.assertRaisesRegex(ValueError, r"optim\.apply_updates puts"):
+      optax.add_decayed_weights(0.1).update(updates, None, params)
+    for compute in (
+      lambda u: u + u,
+      lambda u: -u,
+      lambda u: jnp.asarray(1e-3, u.dtype) * u,
+      lambda u: jnp.clip(u, -1, 1),
+      lambda u: u.astype(jnp.float32) * 0.1,
+    ):
+      changed = jax.tree.map(compute, updates)
+      with self.assertRaisesRegex(ValueError, "come before the one"):
+        optim.apply_updates(params, changed)
+    sums = jax.tree.map(lambda u: u + u, updates)
+    got = jax.jit(optim.apply_updates)(params, sums)
+    self.assertTrue(np.all(np.isnan(got["w"].dequantize())))
+
+  def test_other_optimizers_of_quantized_parameters(self):
+    params = quantization.quantize_tree({"w": jnp.ones((16, 8))}, "int8")
+    for tx in (optim.q_galore(1e-2), optim.qzo(1e-2)):
+      value = lambda p: jnp.sum(p["w"].dequantize())
+      tx = optax.with_extra_args_support(tx)
+      updates, _ = tx.update(
+        {"w": jnp.ones((16, 8))}, tx.init(params), params, value_fn=value
+      )
+      self.assertTrue(quantization.is_qtensor(updates["w"]))
+      with self.assertRaisesRegex(ValueError, r"optim\.apply_updates puts"):
+        optax.apply_updates(params, updates)
+      got = optim.apply_updates(params, updates)
+      self.assertEqual(jax.tree.structure(got), jax.tree.structure(params))
+
   def test_errors(self):
     old = quantization.quantize(sample((16, 8)), "int8")
     for new in (

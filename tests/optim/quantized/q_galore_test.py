@@ -79,9 +79,16 @@ class LazySubspaceTest(parameterized.TestCase):
   def test_each_leaf_has_its_own_subspace(self):
     grads = {"a": rank_one(0, 1), "b": rank_one(1, 4).T}
     _, state = run(optim.scale_by_q_galore(rank=1), [grads])
-    a, b = (state.projector[k].dequantize() for k in "ab")
+    a, b = (floats(state.projector, k, "int4:256") for k in "ab")
     self.assertEqual((int(jnp.argmax(jnp.abs(a))), a.shape), (1, (6, 1)))
     self.assertEqual((int(jnp.argmax(jnp.abs(b))), b.shape), (4, (1, 6)))
+
+
+def floats(held, name, fmt="float8_e4m3fn:256"):
+  """What a leaf's codes and scales in a state stand for."""
+  fmt = quantization.Format.parse(fmt)
+  parts = held.codes[name], held.scales[name], None, fmt
+  return quantization.QTensor(*parts).dequantize()
 
 
 class MomentsTest(absltest.TestCase):
@@ -106,15 +113,15 @@ class MomentsTest(absltest.TestCase):
     update, state, steps = jax.jit(tx.update), tx.init(g), 150
     for _ in range(steps):
       _, state = update(g, state)
-    low = state.projector["w"].dequantize().T @ g["w"]
+    low = floats(state.projector, "w", "int4:256").T @ g["w"]
     want = jnp.sqrt((1 - 0.99**steps) * jnp.mean(low * low))
-    root = state.root["w"].dequantize()
+    root = floats(state.root, "w")
     # 4096 entries of a relative spread of some percent.
     np.testing.assert_allclose(
       jnp.sqrt(jnp.mean(root * root)) / want, 1, atol=0.02
     )
     np.testing.assert_allclose(
-      jnp.vdot(state.mu["w"].dequantize(), low) / jnp.vdot(low, low),
+      jnp.vdot(floats(state.mu, "w"), low) / jnp.vdot(low, low),
       1,
       atol=0.01,
     )
@@ -124,7 +131,7 @@ class MomentsTest(absltest.TestCase):
     size = 10.0 ** -np.arange(12)
     g = {"w": jnp.asarray(normal(0, 4, 12) * size, jnp.float32)}
     out, state = run(optim.scale_by_q_galore(rank=4, eps=0.0), [g, g])
-    self.assertTrue(np.all(np.float32(state.root["w"].codes) > 0))
+    self.assertTrue(np.all(np.float32(state.root.codes["w"]) > 0))
     for u in out:
       self.assertLess(np.abs(u["w"]).max(), 1.0)
 
@@ -135,7 +142,7 @@ class MomentsTest(absltest.TestCase):
     for _ in range(2):
       out, state = update(g, state)
     np.testing.assert_array_equal(out["w"], 0)
-    np.testing.assert_array_equal(np.float32(state.root["w"].codes), 0)
+    np.testing.assert_array_equal(np.float32(state.root.codes["w"]), 0)
 
 
 class WeightsTest(absltest.TestCase):
