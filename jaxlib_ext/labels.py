@@ -54,8 +54,7 @@ def is_param(x: Any) -> bool:
   Its class says so, as that of `QTensor` does: a `nnx.Param` forwards
   questions about its attributes to the value it holds, which may be anything.
   """
-  kind = type(x)
-  return hasattr(kind, "dequantize") and hasattr(kind, "shape")
+  return hasattr(type(x), "dequantize") and hasattr(x, "shape")
 
 
 def label_params(

@@ -36,9 +36,10 @@ def _array_bytes(x: Any, where: NamedSharding | None) -> int:
 def _tree_bytes(tree: Any, shardings: Any) -> int:
   """Bytes of a tree; `shardings` has one per array, or is None."""
   if shardings is None:
+    packed = lambda x: hasattr(type(x), "nbytes_packed")
     return sum(
-      x.nbytes_packed if labels.is_param(x) else _array_bytes(x, None)
-      for x in jax.tree.leaves(tree, is_leaf=labels.is_param)
+      x.nbytes_packed if packed(x) else _array_bytes(x, None)
+      for x in jax.tree.leaves(tree, is_leaf=packed)
     )
   pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
   return sum(_array_bytes(x, where) for x, where in pairs)
