@@ -8,7 +8,6 @@ something decides.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import math
 import os
@@ -16,12 +15,9 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxlib_ext import label_words as vocabulary
+from jaxlib_ext import label_words
 
 Shape = tuple[int, ...]
-
-# Fields in which libraries hold the one array of a parameter.
-_BOXES = ("value", "array", "data_array", "raw_value")
 
 
 class Verdict(NamedTuple):
@@ -38,72 +34,6 @@ class Verdict(NamedTuple):
   doubt: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Leaf:
-  """A leaf's name in parts, each in words, without the box it lies in.
-
-  Attributes:
-    text: the parts as they are written.
-    parts: their words.
-    shape: of the leaf.
-  """
-
-  text: tuple[str, ...]
-  parts: tuple[vocabulary.Words, ...]
-  shape: Shape
-
-  @property
-  def own(self) -> vocabulary.Words:
-    return self.parts[-1]
-
-  @property
-  def is_generic(self) -> bool:
-    """Whether its own name, "kernel" or "w", leaves its layer to say more."""
-    return self.own[0] in vocabulary.GENERIC and (
-      len(self.own) == 1 or self.own[0] == "weight"
-    )
-
-  def module(self) -> int:
-    """The position of the part that says what the leaf is, or -1."""
-    at = len(self.parts) - 1
-    if self.is_generic:
-      at = self.before(at)
-    elif vocabulary.is_number(self.own):
-      at = self.before(at)
-    elif self.own[0] == "w" and at:
-      # TransformerLens: "unembed/W_U", but also "attn/W_Q".
-      above = self.parts[at - 1]
-      if vocabulary.embeds(above) or vocabulary.is_head(above):
-        at -= 1
-    return at
-
-  def before(self, at: int) -> int:
-    """The position of the last part before `at` that is no number, or -1."""
-    at -= 1
-    while at >= 0 and vocabulary.is_number(self.parts[at]):
-      at -= 1
-    return at
-
-  def is_outer(self, at: int) -> bool:
-    """Whether the layer at `at` lies in no repeated one."""
-    return not vocabulary.is_inner(self.parts[:at])
-
-
-def _parse(names: Sequence[str], shapes: Sequence[Shape]) -> list[_Leaf]:
-  split = [
-    tuple(part for part in re.split(r"[/.~]+", name) if part) or ("",)
-    for name in names
-  ]
-  children = collections.Counter(text[:-1] for text in split)
-  leaves = []
-  for text, shape in zip(split, shapes, strict=True):
-    while text[-1] in _BOXES and len(text) > 1 and children[text[:-1]] <= 1:
-      text = text[:-1]
-    parts = tuple(vocabulary.words(part) or (part.lower(),) for part in text)
-    leaves.append(_Leaf(text, parts, tuple(shape)))
-  return leaves
-
-
 @functools.lru_cache(maxsize=256)
 def judge(
   names: tuple[str, ...], shapes: tuple[Shape, ...]
@@ -114,14 +44,14 @@ def judge(
     names: of the leaves, their parts separated by slashes or dots.
     shapes: of the leaves.
   """
-  tree = _Tree(_parse(names, shapes))
+  tree = _Tree(label_words.parse(names, shapes))
   return tuple(tree.verdicts())
 
 
 class _Tree:
   """The leaves of one tree, and what they say about each other."""
 
-  def __init__(self, leaves: Sequence[_Leaf]):
+  def __init__(self, leaves: Sequence[label_words.Leaf]):
     self.leaves = leaves
     self.beside = collections.defaultdict(dict)
     self.sizes = collections.Counter()
@@ -135,7 +65,7 @@ class _Tree:
     )
     # More than the layers of one block.
     self.is_deep = any(
-      vocabulary.is_inner(leaf.parts[len(self.root) : -1]) for leaf in leaves
+      label_words.is_inner(leaf.parts[len(self.root) : -1]) for leaf in leaves
     )
     self.vocabularies: dict[frozenset[int], tuple[str, int]] = {}
 
@@ -145,7 +75,7 @@ class _Tree:
       judge_them(found)
     return found
 
-  def _vector(self, leaf: _Leaf) -> Verdict | None:
+  def _vector(self, leaf: label_words.Leaf) -> Verdict | None:
     shape, own = leaf.shape, leaf.own
     if len(shape) < 2:
       return Verdict("vector", "fewer than two dimensions")
@@ -153,25 +83,25 @@ class _Tree:
     module = leaf.parts[at] if at >= 0 else ()
     above = leaf.parts[leaf.before(at)] if leaf.before(at) >= 0 else ()
     kernel, bare = own == ("kernel",), at == len(leaf.parts) - 1
-    if vocabulary.is_vector(own):
+    if label_words.is_vector(own):
       return Verdict("vector", f"its name, {leaf.text[-1]!r}")
-    if vocabulary.is_norm(module):
+    if label_words.is_norm(module):
       return Verdict("vector", f"of a norm, {leaf.text[at]!r}")
-    if at >= 0 and not kernel and vocabulary.is_vector(module):
+    if at >= 0 and not kernel and label_words.is_vector(module):
       return Verdict("vector", f"its name, {leaf.text[at]!r}")
-    if vocabulary.is_norm(above) and bare and len(own[0]) < 3:
+    if label_words.is_norm(above) and bare and len(own[0]) < 3:
       return Verdict("vector", f"of a norm, {leaf.text[leaf.before(at)]!r}")
-    if vocabulary.is_vector(above) and vocabulary.embeds(module):
+    if label_words.is_vector(above) and label_words.embeds(module):
       return Verdict("vector", f"a table of {leaf.text[leaf.before(at)]!r}")
-    if vocabulary.is_conv1d(module) and _few_taps(shape):
+    if label_words.is_conv1d(module) and _few_taps(shape):
       return Verdict("vector", "taps for each channel by its name and shape")
-    if vocabulary.is_depthwise(module) and 1 in shape:
+    if label_words.is_depthwise(module) and 1 in shape:
       return Verdict("vector", "taps for each channel by its name and shape")
     if own == ("d",) and "a_log" in self.beside[leaf.text[:-1]]:
       return Verdict("vector", "the skip beside 'A_log'")
     return self._vector_by_shape(leaf)
 
-  def _vector_by_shape(self, leaf: _Leaf) -> Verdict | None:
+  def _vector_by_shape(self, leaf: label_words.Leaf) -> Verdict | None:
     shape = leaf.shape
     prefix = next((p for p in self.stacks if leaf.text[: len(p)] == p), None)
     if prefix is not None and len(shape) == 2:
@@ -190,12 +120,18 @@ class _Tree:
       return Verdict("vector", f"the bias of {partner!r} beside it")
     return None
 
-  def _partner(self, leaf: _Leaf) -> str | None:
-    """The name of the kernel whose bias a leaf called "b", "bq", "b1" is."""
+  def _partner(self, leaf: label_words.Leaf) -> str | None:
+    """The name of the kernel whose bias or gain a leaf is."""
     name, shape = leaf.text[-1].lower(), leaf.shape
-    if not vocabulary.is_short_bias(name):
-      return None
     beside = self.beside[leaf.text[:-1]]
+    for partner in ("w", "kernel", "weight"):
+      # All but one side of each matrix of a layer's kernel.
+      other = beside.get(partner, ())
+      reduced = (other[:-1], other[:-2] + other[-1:])
+      if len(other) > 2 and shape in reduced and "lora" not in leaf.own:
+        return partner
+    if not label_words.is_short_bias(name):
+      return None
     rest = name[1:]
     exact = [f"{stem}{rest}" for stem in ("w", "kernel", "weight")]
     exact += ["w", "kernel", "weight"] if not rest else []
@@ -204,9 +140,12 @@ class _Tree:
       broadcast = other and 1 in shape and 1 not in other
       if len(other) > len(shape) or broadcast:
         return partner
-    for partner, other in beside.items():
-      if len(other) == len(shape) + 1 and other[0] == shape[0]:
-        return partner
+    above = leaf.text[:-1]
+    for other in self.leaves:
+      deep = len(other.text) > len(leaf.text) and not above
+      if other.text[: len(above)] == above and not deep:
+        if (len(other.shape), *other.shape[:1]) == (len(shape) + 1, shape[0]):
+          return "/".join(other.text[len(above) :])
     return None
 
   def _embeddings(self, found) -> None:
@@ -216,19 +155,19 @@ class _Tree:
       if found[i] is None or found[i].label != "embedding":
         continue
       rows, width = leaf.shape[-2:]
-      kind = [vocabulary.embeds(part) for part in leaf.parts]
+      kind = [label_words.embeds(part) for part in leaf.parts]
       if len(leaf.shape) == 2 and rows != width and "position" not in kind:
         self.vocabularies[frozenset((rows, width))] = (
           "/".join(leaf.text),
           rows,
         )
 
-  def _embedding(self, leaf: _Leaf) -> Verdict | None:
+  def _embedding(self, leaf: label_words.Leaf) -> Verdict | None:
     at = leaf.module()
     if at < 0:
       return None
     part, text = leaf.parts[at], leaf.text[at]
-    kind = vocabulary.embeds(part)
+    kind = label_words.embeds(part)
     if part == ("shared",) and leaf.is_outer(at) and leaf.own != ("kernel",):
       kind = "table"
     if kind in (None, "head", "linear"):
@@ -273,7 +212,7 @@ class _Tree:
             "matrix", f"before the last layer of {prefix[-1]!r}"
           )
 
-  def _head_prefix(self, leaf: _Leaf) -> tuple[str, ...] | None:
+  def _head_prefix(self, leaf: label_words.Leaf) -> tuple[str, ...] | None:
     """The layer that makes a leaf a head's, by its name alone."""
     at = leaf.module()
     if at < 0:
@@ -281,15 +220,15 @@ class _Tree:
     part, above = leaf.parts[at], leaf.before(at)
 
     def answers(i):
-      if i < 0 or (i and vocabulary.is_attention(leaf.parts[i - 1])):
+      if i < 0 or (i and label_words.is_attention(leaf.parts[i - 1])):
         return False
       part = leaf.parts[i]
-      return vocabulary.is_head(part) or vocabulary.embeds(part) == "head"
+      return label_words.is_head(part) or label_words.embeds(part) == "head"
 
     if answers(at):
       outer = above if answers(above) else at
       return leaf.text[: outer + 1]
-    plain = vocabulary.is_plain(part) or (
+    plain = label_words.is_plain(part) or (
       at == len(leaf.parts) - 2 and above < 0
     )
     if not plain or above < 0:
@@ -310,7 +249,7 @@ class _Tree:
     known = known or {
       i
       for i, leaf in leaves.items()
-      if vocabulary.is_last(leaf.parts[leaf.module()])
+      if label_words.is_last(leaf.parts[leaf.module()])
     }
     if known:
       return known
@@ -320,7 +259,7 @@ class _Tree:
         return open_
     return {max(members, key=lambda i: _order(leaves[i].text))}
 
-  def _vocabulary(self, leaf: _Leaf) -> tuple[str, int] | None:
+  def _vocabulary(self, leaf: label_words.Leaf) -> tuple[str, int] | None:
     """The embedding whose rows and width are the leaf's sides, and its rows."""
     if len(leaf.shape) != 2:
       return None
@@ -339,11 +278,11 @@ class _Tree:
       if found[i] is not None or at < 0 or len(leaf.shape) != 2:
         continue
       part, above = leaf.parts[at], leaf.before(at)
-      plain, named = vocabulary.is_plain(part), vocabulary.is_last(part)
-      if plain and above >= 0 and vocabulary.is_last(leaf.parts[above]):
+      plain, named = label_words.is_plain(part), label_words.is_last(part)
+      if plain and above >= 0 and label_words.is_last(leaf.parts[above]):
         at, named = above, True
       if (plain or named) and leaf.is_outer(at):
-        stem, number = vocabulary.numbered(part)
+        stem, number = label_words.numbered(part)
         chain = chains[leaf.text[:at], leaf.text[at] if named else stem]
         chain.append((number, i, at, named))
     for _, i, at, named in map(max, chains.values()):
@@ -358,7 +297,7 @@ class _Tree:
   def _name(self, i: int) -> str:
     return "/".join(self.leaves[i].text)
 
-  def _ends(self, leaf: _Leaf, at: int, named: bool) -> str:
+  def _ends(self, leaf: label_words.Leaf, at: int, named: bool) -> str:
     """The evidence that a plain layer is the last one, or an empty string."""
     # PyTorch's "weight" has the outputs first.
     outputs = leaf.shape[0 if leaf.own == ("weight",) else -1]
@@ -380,7 +319,7 @@ class _Tree:
     """Whether queries are made beside, so that "out" is attention's."""
     at = len(prefix)
     return any(
-      leaf.text[:at] == prefix and vocabulary.is_query(leaf.parts[at])
+      leaf.text[:at] == prefix and label_words.is_query(leaf.parts[at])
       for leaf in self.leaves
       if len(leaf.text) > at
     )
@@ -392,11 +331,11 @@ class _Tree:
           "matrix", "nothing says otherwise", self._doubt(leaf)
         )
 
-  def _doubt(self, leaf: _Leaf) -> str:
+  def _doubt(self, leaf: label_words.Leaf) -> str:
     at = leaf.module()
     table = self._vocabulary(leaf)
     outer = leaf.is_outer(max(at, 0))
-    if table and outer and not vocabulary.is_hidden(leaf.parts[at]):
+    if table and outer and not label_words.is_hidden(leaf.parts[at]):
       return f"a side of {table[1]}, as long as {table[0]!r} has rows"
     return ""
 
@@ -409,12 +348,12 @@ def _few_taps(shape: Shape) -> bool:
   return not taps <= 8 < d_in
 
 
-def _stacks(leaves: Sequence[_Leaf]) -> list[tuple[str, ...]]:
+def _stacks(leaves: Sequence[label_words.Leaf]) -> list[tuple[str, ...]]:
   """Subtrees whose leaves all have the layers as their first axis."""
   under = collections.defaultdict(list)
   for leaf in leaves:
     for end in range(1, len(leaf.text)):
-      if vocabulary.is_container(leaf.parts[end - 1]):
+      if label_words.is_container(leaf.parts[end - 1]):
         under[leaf.text[:end]].append((leaf, end))
   found = []
   for prefix, members in under.items():
@@ -424,7 +363,7 @@ def _stacks(leaves: Sequence[_Leaf]) -> list[tuple[str, ...]]:
       and len({shape[0] for shape in shapes}) == 1
       and max(map(len, shapes)) > 2
       and not any(
-        vocabulary.is_number(leaf.parts[end]) for leaf, end in members
+        label_words.is_number(leaf.parts[end]) for leaf, end in members
       )
     ):
       found.append(prefix)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
 import re
+from collections.abc import Sequence
 
 Words = tuple[str, ...]
+Shape = tuple[int, ...]
+
+# Fields in which libraries hold the one array of a parameter.
+_BOXES = ("value", "array", "data_array", "raw_value")
 
 # "LayerNorm_0" is layer, norm, 0; "conv1d" is conv, 1d; "bq" is one word.
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+[dD](?![a-zA-Z])|\d+")
@@ -70,7 +77,7 @@ LAST = frozenset(
   "output outputs out final last readout score pred preds prediction "
   "predictions vocab generator loss".split()
 )
-_BESIDE_LAST = PLAIN | LAST | frozenset("qa lm ff ffn projector".split())
+_BESIDE_LAST = PLAIN | LAST | frozenset("qa lm ff ffn projector to".split())
 _CONTAINER = re.compile(r"(layers?|blocks?|^h|^stack(ed)?|^stages?|^scan)$")
 _QUERIES = frozenset("q wq query qkv".split())
 _HIDDEN = _QUERIES | frozenset(
@@ -235,3 +242,75 @@ def is_short_bias(name: str) -> bool:
   return (
     re.match(r"b(q|k|v|o|i|f|g|c|kv|qkv|in|out|\d+|_.*)?$", name) is not None
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """A leaf's name in parts, each in words, without the box it lies in.
+
+  Attributes:
+    text: the parts as they are written.
+    parts: their words.
+    shape: of the leaf.
+  """
+
+  text: tuple[str, ...]
+  parts: tuple[Words, ...]
+  shape: Shape
+
+  @property
+  def own(self) -> Words:
+    return self.parts[-1]
+
+  @property
+  def is_generic(self) -> bool:
+    """Whether its own name, "kernel" or "w", leaves its layer to say more."""
+    return self.own[0] in GENERIC and (
+      len(self.own) == 1 or self.own[0] == "weight"
+    )
+
+  def module(self) -> int:
+    """The position of the part that says what the leaf is, or -1."""
+    at = len(self.parts) - 1
+    if self.is_generic:
+      at = self.before(at)
+    elif is_number(self.own):
+      at = self.before(at)
+    elif self.own[0] == "w" and at:
+      # TransformerLens: "unembed/W_U", but also "attn/W_Q".
+      above = self.parts[at - 1]
+      if embeds(above) or is_head(above):
+        at -= 1
+    return at
+
+  def before(self, at: int) -> int:
+    """The position of the last part before `at` that is no number, or -1."""
+    at -= 1
+    while at >= 0 and is_number(self.parts[at]):
+      at -= 1
+    return at
+
+  def is_outer(self, at: int) -> bool:
+    """Whether the layer at `at` lies in no repeated one."""
+    return not is_inner(self.parts[:at])
+
+
+def parse(names: Sequence[str], shapes: Sequence[Shape]) -> list[Leaf]:
+  """Takes the names of a tree's leaves, and their shapes, apart."""
+  split = [
+    tuple(part for part in re.split(r"[/.~]+", name) if part) or ("",)
+    for name in names
+  ]
+  children = collections.defaultdict(set)
+  for text in split:
+    for end in range(len(text)):
+      children[text[:end]].add(text[end])
+  leaves = []
+  for text, shape in zip(split, shapes, strict=True):
+    while (
+      text[-1] in _BOXES and len(text) > 1 and len(children[text[:-1]]) == 1
+    ):
+      text = text[:-1]
+    parts = tuple(words(part) or (part.lower(),) for part in text)
+    leaves.append(Leaf(text, parts, tuple(shape)))
+  return leaves
