@@ -138,8 +138,10 @@ def renumbered(x: np.ndarray | jax.Array) -> jax.Array:
   return jnp.take_along_axis(rank, jnp.argsort(order, axis=-1), axis=-1)
 
 
-def integer(name: str, x: Any, least: int, most: int | None = None) -> int:
-  """One Python or NumPy integer as an int.
+def integer(
+  name: str, x: Any, least: int, most: int | None = None, letters: str = ""
+) -> int:
+  """One Python or NumPy integer as an int; `letters` is what `most` is called.
 
   Raises:
     ValueError: unless it is one from `least` to `most`.
@@ -149,7 +151,10 @@ def integer(name: str, x: Any, least: int, most: int | None = None) -> int:
   except TypeError:
     value = None
   if value is None or value < least or (most is not None and value > most):
-    span = f"of at least {least}" if most is None else f"from {least} to {most}"
+    named = f"{letters} = {most}" if letters else most
+    span = (
+      f"of at least {least}" if most is None else f"from {least} to {named}"
+    )
     raise ValueError(f"{name} must be an int {span}, got {x!r}")
   return value
 
@@ -172,6 +177,19 @@ def number(x: Any) -> float | None:
 
 def _is_bool(x: Any) -> bool:
   return isinstance(x, bool) or getattr(x, "dtype", None) == np.bool_
+
+
+def check_range(name: str, x: Any, most: int, letters: str) -> None:
+  """ValueError where known integers are not from 0 to `most`, the `letters`."""
+  if not known(x):
+    return
+  values = np.asarray(x)
+  low, high = int(values.min()), int(values.max())
+  if low < 0 or high > most:
+    raise ValueError(
+      f"{name} must be from 0 to {letters} = {most}, got "
+      f"{low if low < 0 else high}"
+    )
 
 
 def check_scale(scale: Any, key_size: int) -> float:

@@ -18,7 +18,8 @@ import kernels_pallas
 from experiments.sparse import choices
 from experiments.sparse.sources import Source
 from kernels_pallas.sparse import blocks as block_lists
-from kernels_pallas.sparse import in_context, problem, select, statistics
+from kernels_pallas.sparse import in_context, problem, statistics
+from kernels_pallas.sparse import scores as scoring
 
 TAILS = problem.TAILS
 # Where few are enough: none, and the published ones of PISA.
@@ -298,7 +299,7 @@ class Layer:
       for x in self._dense.qkv[:2]
     )
     scale = self._source.q.shape[-1] ** -0.5
-    scores = select.pooled_scores(q, k, scale)
+    scores = scoring.pooled_scores(q, k, scale)
     _, part = in_context.causal_parts(scores, number // 2, keep, sharp, FLAT)
     listed = float(part.lists.counts.sum(axis=-1).mean())
     return listed / self._seen_by_target()

@@ -24,6 +24,13 @@ functions of this package:
     to dense attention.
   interpret: runs a Pallas implementation in Pallas's interpreter.
 
+A query that sees a key which, or whose value, is not finite is NaN, with the
+blocks that are pooled as with those that are listed; no other query is.
+
+Batch and heads may be divided over a mesh, also over axes of
+`AxisType.Explicit` and within `jax.shard_map`: every device attends to its
+own part.
+
 Statistics, scores and sums are float32 (float64 for float64 inputs); outputs
 have v's dtype. Every floating input can be differentiated. Lists have no
 gradient: which blocks are chosen is not differentiable.
@@ -40,9 +47,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import arguments, dispatch
+from kernels_pallas import arguments, dispatch, meshes
 from kernels_pallas.sparse import blocks as block_lists
-from kernels_pallas.sparse import problem
+from kernels_pallas.sparse import core, problem
 
 Implementation = dispatch.Implementation
 
@@ -133,16 +140,47 @@ def attend(
   implementation: Implementation,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """Runs a checked problem and adds the sinks to its softmax."""
-  out, lse = dispatch.run(
-    "sparse", inputs, options, implementation=implementation
-  )
   if sinks is not None:
     heads = inputs.q.shape[2]
-    sinks = arguments.shaped("sinks", sinks, (heads,), "H").astype(lse.dtype)
+    sinks = arguments.shaped("sinks", sinks, (heads,), "H")
+
+  def run(arrays):
+    sinks = arrays.pop("sinks")
+    given = problem.Inputs(**arrays)
+    k, v = core.contained(given.k, given.v)
+    out, lse = dispatch.run(
+      "sparse",
+      given._replace(k=k, v=v),
+      options,
+      implementation=implementation,
+    )
+    if sinks is None:
+      return out, lse
+    sinks = sinks.astype(lse.dtype)
     total = jnp.logaddexp(lse, sinks)
     share = jnp.exp(lse - total)[..., None]
-    out, lse = (out * share).astype(out.dtype), total
+    return (out * share).astype(out.dtype), total
+
+  arrays = inputs._asdict() | dict(sinks=sinks)
+  out, lse = meshes.run(run, arrays, _LAYOUT)
   return (out, lse) if return_lse else out
+
+
+_LAYOUT = meshes.Layout(
+  arrays=dict(
+    q="BTHK",
+    k="BSGK",
+    v="BSGV",
+    indices="BHNM",
+    counts="BHN",
+    lengths="BGJ",
+    segments="BT",
+    bands="HCE",
+    sink_tokens="H",
+    sinks="H",
+  ),
+  out=("BTHV", "BTH"),
+)
 
 
 def sizes(q: Any, k: Any, v: Any) -> tuple[int, int, int, int, int]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import arguments
+from kernels_pallas import arguments, meshes
 from kernels_pallas.sparse import blocks as block_lists
 
 _BITS = 32
@@ -21,11 +21,14 @@ class Candidates(NamedTuple):
     scores: `[B, H, NQ, NK]`, float32 (float64 where q is).
     allowed: bool, broadcastable to the scores: of which it sees some key.
     forced: bool, likewise: which it must list; all allowed.
+    odd: bool, likewise: which come before those with any score, as do scores
+      of NaN.
   """
 
   scores: jax.Array
   allowed: jax.Array
   forced: jax.Array
+  odd: jax.Array
 
 
 def check_share(name: str, share: Any, *, zero: bool = False) -> float:
@@ -45,8 +48,11 @@ def rounded(share: float, number: Any) -> Any:
 
 def heaviest(candidates: Candidates, top_p: float) -> jax.Array:
   """The fewest blocks with a share `top_p` of each row's softmax."""
-  scores = jnp.where(candidates.allowed, candidates.scores, -jnp.inf)
-  probs = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+  # What overflows has the largest weight, rather than none that is a number.
+  most = jnp.finfo(jnp.float32).max
+  scores = jnp.nan_to_num(candidates.scores.astype(jnp.float32), nan=most)
+  scores = jnp.where(candidates.allowed, scores, -jnp.inf)
+  probs = jax.nn.softmax(scores, axis=-1)
   order = _ordered(scores)
   # Sums of 2048 probabilities in float32 may miss 1 by some 1e-6.
   bound = _bound(order, probs, jnp.float32(top_p * (1 - 1e-6)))
@@ -72,9 +78,9 @@ def choose(
       where they are the same.
 
   Returns:
-    A `BlockIndices` with its density.
+    A `BlockIndices` without a density.
   """
-  scores, allowed, forced = candidates
+  scores, allowed, forced, odd = candidates
   num_kv = scores.shape[-1]
   count = lambda x: jnp.sum(
     jnp.broadcast_to(x, scores.shape), axis=-1, dtype=jnp.int32
@@ -84,18 +90,23 @@ def choose(
   number = least = jnp.maximum(jnp.maximum(shares(low)[seen], 1), due)
   if wanted is not None:
     most = jnp.maximum(jnp.maximum(shares(high)[seen], 1), due)
-    number = jnp.clip(count((wanted & allowed) | forced), least, most)
+    wanted = ((wanted | odd) & allowed) | forced
+    number = jnp.clip(count(wanted), least, most)
   number = jnp.minimum(number, longest)
-  order = _ordered(jnp.where(forced, jnp.inf, scores))
-  order = jnp.where(allowed, order, jnp.iinfo(jnp.int32).min)
+  # By index, not by score: no score is above these.
+  int32 = jnp.iinfo(jnp.int32)
+  order = jnp.where(odd | jnp.isnan(scores), int32.max - 1, _ordered(scores))
+  order = jnp.where(forced, int32.max, order)
+  order = jnp.where(allowed, order, int32.min)
   member = _top(order, number)
-  indices, counts = block_lists.pack(member, longest)
-  density = jnp.sum(counts) / jnp.sum(seen)
-  return block_lists.BlockIndices(indices, counts, density.astype(jnp.float32))
+  return block_lists.BlockIndices(*block_lists.pack(member, longest))
 
 
 def best(
-  scores: jax.Array, allowed: jax.Array, share: float
+  scores: jax.Array,
+  allowed: jax.Array,
+  share: float,
+  odd: jax.Array | None = None,
 ) -> block_lists.BlockIndices:
   """Lists a `share` of the allowed blocks, none of which is forced.
 
@@ -103,12 +114,14 @@ def best(
     scores: `[B, H, NQ, NK]`.
     allowed: bool, broadcastable to the scores.
     share: in (0, 1]; every row lists at least one block.
+    odd: as of `Candidates`; None is none.
 
   Returns:
-    A `BlockIndices` with its density.
+    A `BlockIndices` without a density.
   """
   longest = max(1, int(rounded(share, scores.shape[3])))
-  candidates = Candidates(scores, allowed, jnp.zeros_like(allowed))
+  none = jnp.zeros_like(allowed)
+  candidates = Candidates(scores, allowed, none, none if odd is None else odd)
   return choose(candidates, longest, low=share, high=share)
 
 
@@ -124,6 +137,7 @@ def _bound(order, weights, target):
   Found bit by bit: 32 sums cost less than sorting, on every platform.
   """
   lowest = jnp.full((*order.shape[:-1], 1), jnp.iinfo(jnp.int32).min)
+  lowest, *_ = meshes.vary_alike((lowest, order, weights, target))
 
   def body(i, x):
     higher = x + jnp.left_shift(jnp.int32(1), _BITS - 1 - i)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import arguments, products
+from kernels_pallas import arguments, meshes, products
 from kernels_pallas.sparse import api, choose, core, problem, select
 from kernels_pallas.sparse import blocks as block_lists
 
@@ -30,6 +30,7 @@ def kmeans(
 
   Starts from evenly spaced tokens, or from `centroids`, such as those of the
   sampling step before. A cluster that loses all its tokens keeps its place.
+  Tokens that are not finite count as 0, and move no centroid.
 
   Args:
     x: `[B, T, H, K]`.
@@ -51,14 +52,31 @@ def kmeans(
   b, t, h, size = x.shape
   num_clusters = arguments.integer("num_clusters", num_clusters, 1, t)
   iterations = arguments.integer("iterations", iterations, 1, 1000)
-  x = jax.lax.stop_gradient(jnp.swapaxes(x, 1, 2))
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  if centroids is None:
-    start = x[:, :, (jnp.arange(num_clusters) * t) // num_clusters]
-  else:
+  if centroids is not None:
     wanted = (b, h, num_clusters, size)
-    start = arguments.shaped("centroids", centroids, wanted, "B, H, C, K")
-    start = jax.lax.stop_gradient(start).astype(x.dtype)
+    centroids = arguments.shaped("centroids", centroids, wanted, "B, H, C, K")
+  arrays = jax.lax.stop_gradient(dict(x=x, centroids=centroids))
+  layout = meshes.Layout(
+    arrays=dict(x="BTHK", centroids="BHCK"), out=("BHT", "BHCK")
+  )
+  return meshes.run(
+    lambda arrays: _lloyd(**arrays, number=num_clusters, iterations=iterations),
+    arrays,
+    layout,
+  )
+
+
+def _lloyd(x, centroids, *, number, iterations):
+  """`kmeans` of checked arguments."""
+  x = jnp.swapaxes(x, 1, 2)
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  # Tokens that are not finite are assigned, but move no centroid.
+  finite = jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
+  x = jnp.where(finite, x, 0)
+  if centroids is None:
+    start = x[:, :, (jnp.arange(number) * x.shape[2]) // number]
+  else:
+    start, _ = meshes.vary_alike((centroids.astype(x.dtype), x))
 
   def assign(centroids):
     # |x - c|^2 less what all clusters share.
@@ -67,7 +85,8 @@ def kmeans(
     return jnp.argmin(norms[:, :, None] - 2 * inner, axis=-1)
 
   def body(_, centroids):
-    member = jax.nn.one_hot(assign(centroids), num_clusters, dtype=x.dtype)
+    member = jax.nn.one_hot(assign(centroids), number, dtype=x.dtype)
+    member = jnp.where(finite, member, 0)
     count = jnp.sum(member, axis=2)[..., None]
     total = products.einsum("bhtc,bhtk->bhck", member, x)
     return jnp.where(count > 0, total / jnp.maximum(count, 1), centroids)
@@ -147,26 +166,42 @@ def clustered_attention(
     tail=tail,
     interpret=interpret,
   )
-  q, k, v = (jnp.swapaxes(x, 1, 2) for x in api.common(q, k, v))
-  order = jnp.argsort(q_clusters, axis=-1)
-  take = lambda x, slots: jnp.take_along_axis(x, slots[..., None], axis=2)
-  q = take(q, order)
-  source, lengths = _blocks(kv_clusters, num_kv_clusters, block_size)
-  # Slots of no key read a zero behind the end.
-  k, v = (
-    take(jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))), source) for x in (k, v)
-  )
-  flat = lambda x: jnp.swapaxes(x, 1, 2)
-  none = jnp.zeros((b, heads, problem.num_blocks(t, block_size)), jnp.int32)
-  inputs = problem.Inputs(
-    flat(q), flat(k), flat(v), none[..., None], none, lengths
-  )
-  blocks = select.select_within(
-    core.pad(inputs, options), options, density, error_aware=error_aware
-  )
-  inputs = inputs._replace(indices=blocks.indices, counts=blocks.counts)
-  out = api.attend(inputs, options, None, False, implementation)
-  return flat(take(flat(out), jnp.argsort(order, axis=-1)))
+  q, k, v = api.common(q, k, v)
+  arrays = dict(q=q, k=k, v=v, q_clusters=q_clusters, kv_clusters=kv_clusters)
+
+  def run(arrays):
+    q, k, v = (jnp.swapaxes(arrays[name], 1, 2) for name in "qkv")
+    order = jnp.argsort(arrays["q_clusters"], axis=-1)
+    take = lambda x, slots: jnp.take_along_axis(x, slots[..., None], axis=2)
+    q = take(q, order)
+    source, lengths = _blocks(
+      arrays["kv_clusters"], num_kv_clusters, block_size
+    )
+    # Slots of no key read a zero behind the end.
+    behind = ((0, 0), (0, 0), (0, 1), (0, 0))
+    k, v = (take(jnp.pad(x, behind), source) for x in (k, v))
+    flat = lambda x: jnp.swapaxes(x, 1, 2)
+    num_q = problem.num_blocks(t, block_size)
+    none = jnp.zeros((*q.shape[:2], num_q), jnp.int32)
+    inputs = problem.Inputs(
+      flat(q), flat(k), flat(v), none[..., None], none, lengths
+    )
+    blocks = select.select_within(
+      core.pad(inputs, options), options, density, error_aware=error_aware
+    )
+    inputs = inputs._replace(indices=blocks.indices, counts=blocks.counts)
+    out = api.attend(inputs, options, None, False, implementation)
+    return flat(take(flat(out), jnp.argsort(order, axis=-1)))
+
+  return meshes.run(run, arrays, _LAYOUT)
+
+
+_LAYOUT = meshes.Layout(
+  arrays=dict(
+    q="BTHK", k="BSHK", v="BSHV", q_clusters="BHT", kv_clusters="BHS"
+  ),
+  out="BTHV",
+)
 
 
 def _labels(
@@ -180,13 +215,7 @@ def _labels(
 def _key_labels(x: Any, wanted: tuple[int, ...], number: int) -> jax.Array:
   """int32 `[B, H, S]`, `number` for what is no cluster's."""
   x = _labels("kv_clusters", x, wanted, "B, H, S")
-  if arguments.known(x):
-    least, most = int(np.min(x)), int(np.max(x))
-    if least < 0 or most >= number:
-      raise ValueError(
-        f"kv_clusters must be from 0 to num_kv_clusters - 1 = {number - 1}, "
-        f"got {least if least < 0 else most}"
-      )
+  arguments.check_range("kv_clusters", x, number - 1, "num_kv_clusters - 1")
   x = jnp.asarray(arguments.saturated(x, number))
   return jnp.where(x < 0, number, x)
 

@@ -23,8 +23,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import padding
+from kernels_pallas import derivatives, meshes, padding
 from kernels_pallas.sparse import pooled, problem, statistics
+
+_REMEDY = "use implementation='reference'"
 
 Forward = Callable[..., tuple[jax.Array, jax.Array]]
 Backward = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
@@ -35,6 +37,7 @@ def run(
   backward: Backward,
   inputs: problem.Inputs,
   options: problem.Options,
+  kernels: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention by an implementation's two functions.
 
@@ -43,18 +46,55 @@ def run(
     backward: as the module says.
     inputs: the problem.
     options: the static choices.
+    kernels: the implementation's name, where its functions have no
+      derivatives themselves.
 
   Returns:
     The output `[B, T, H, V]` in v's dtype, 0 in rows that see nothing, and
     the log-partition `[B, T, H]`, `MASKED` there, float32 (float64 where q
     is). Both can be differentiated.
   """
+  if kernels is not None:
+    forward, backward = _once(forward, backward, kernels)
   exact = pad(inputs, options)
   tail = statistics.tail(exact, options)
   length = inputs.q.shape[1]
+  exact, tail = derivatives.reverse_only(
+    meshes.vary_alike((exact, tail)), _REMEDY
+  )
   out, lse = _attend(forward, backward, options, exact, tail)
   cut = lambda x: jnp.swapaxes(x, 1, 2)[:, :length]
   return cut(out).astype(inputs.v.dtype), cut(lse)
+
+
+def _once(forward: Forward, backward: Backward, name: str):
+  """The two functions, which say that they have no derivatives."""
+
+  def f(exact, tail, options):
+    run = lambda *x: forward(*x, options)
+    return derivatives.once(run, name)(exact, tail)
+
+  def b(exact, options, *rows):
+    run = lambda exact, *rows: backward(exact, options, *rows)
+    return derivatives.once(run, name)(exact, *rows)
+
+  return f, b
+
+
+def contained(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Keys and values such that what is not finite stays with who sees it.
+
+  A weight of 0 times NaN is NaN, for which one value would reach queries that
+  do not see it. Values become 0 instead, and their keys NaN: masked scores
+  are replaced, not multiplied.
+
+  Args:
+    k: `[.., K]`.
+    v: `[.., V]`.
+  """
+  finite = lambda x: jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
+  both = finite(k) & finite(v)
+  return jnp.where(both, k, jnp.nan), jnp.where(both, v, 0)
 
 
 def pad(inputs: problem.Inputs, options: problem.Options) -> problem.Exact:
@@ -103,6 +143,7 @@ def merge(
   Rows that see nothing in any part become 0, with `MASKED`.
   """
   top = functools.reduce(jnp.maximum, (lse for _, lse in parts))
+  top = jax.lax.stop_gradient(top)
   weights = [jnp.exp(lse - top) for _, lse in parts]
   total = sum(weights)
   out = sum(
@@ -110,7 +151,8 @@ def merge(
     for (out, _), weight in zip(parts, weights, strict=True)
   )
   lse = top + jnp.log(total)
-  seen = lse > problem.MASKED / 2
+  # NaN is seen.
+  seen = ~(lse <= problem.MASKED / 2)
   out = jnp.where(seen[..., None], out, 0)
   return out, jnp.where(seen, lse, problem.MASKED)
 
@@ -130,7 +172,7 @@ def row_statistics(
     lse, such that the probabilities of rows that see nothing are 0, and
     delta, of ds = p (dp - delta).
   """
-  lse = jnp.where(lse > problem.MASKED / 2, lse, -problem.MASKED)
+  lse = jnp.where(lse <= problem.MASKED / 2, -problem.MASKED, lse)
   return lse, jnp.sum(g * out.astype(g.dtype), axis=-1) - dlse
 
 
@@ -141,7 +183,8 @@ def _attend(forward, backward, options, exact, tail):
 
 
 def _attend_fwd(forward, backward, options, exact, tail):
-  out, lse = _attend(forward, backward, options, exact, tail)
+  del backward
+  out, lse = merge([forward(exact, tail, options)])
   return (out, lse), (exact, tail, out.astype(exact.v.dtype), lse)
 
 

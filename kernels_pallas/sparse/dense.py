@@ -10,14 +10,13 @@ of queries meets the chunks of keys up to its own only, in both directions.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from kernels_pallas import arguments, padding
-from kernels_pallas.sparse import api, core, problem
+from kernels_pallas import arguments, derivatives, meshes, padding
+from kernels_pallas.sparse import api, core, problem, reference
 
 # The largest chunks, and the scores held at once for all heads: where they
 # are many, chunks shrink until the scores stay in a cache.
@@ -37,10 +36,12 @@ def full_attention(
   segment_ids: jax.Array | None = None,
   lengths: jax.Array | None = None,
   return_lse: bool = False,
+  implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """Softmax attention, exact, without a T x S array.
 
-  Arguments, dtypes and errors are `api`'s.
+  Arguments, dtypes and errors are `api`'s, and so is what becomes of NaN and
+  of divided arrays.
 
   Args:
     q: `[B, T, H, K]`, K up to 256.
@@ -51,49 +52,114 @@ def full_attention(
     segment_ids: int `[B, T]`; a query sees keys of its own id.
     lengths: int `[B]`, how many keys exist, the first ones; None is S.
     return_lse: also return the log-partition.
+    implementation: None or "xla", or "reference", which has a T x S array and
+      derivatives in forward mode.
 
   Returns:
     `[B, T, H, V]` in v's dtype, and on request the log-partition
     `[B, T, H]`, float32 or float64, 0 and -1e30 where no key is seen. Both
-    can be differentiated, in reverse mode.
+    can be differentiated, in reverse mode, and these derivatives in any.
   """
   b, t, s, heads, groups = api.sizes(q, k, v)
   causal = api.check_causal(causal, t, s)
   segments = api.check_segments(segment_ids, b, t, s)
   scale = arguments.check_scale(scale, q.shape[-1])
   if lengths is not None:
-    lengths = _check_lengths(lengths, b, s)
-  q, k, v = (jnp.swapaxes(x, 1, 2) for x in api.common(q, k, v))
-  q = q.reshape(b, groups, heads // groups, t, q.shape[-1])
-  sizes = _chunks(b * heads, heads // groups, t, s)
-  options = _Options(scale, causal, *sizes)
-  out, lse = _attend(options, q, k, v, segments, lengths)
+    lengths = check_lengths("lengths", lengths, b, s, "S")
+  if implementation not in (None, "xla", "reference"):
+    raise ValueError(
+      "implementation must be None, 'xla' or 'reference', got "
+      f"{implementation!r}"
+    )
+  compute = _by_definition if implementation == "reference" else _in_chunks
+  q, k, v = api.common(q, k, v)
+
+  def run(arrays):
+    q, k, v, segments, lengths = (arrays[name] for name in _LAYOUT.arrays)
+    if causal or segments is not None or lengths is not None:
+      k, v = core.contained(k, v)
+    return compute(q, k, v, segments, lengths, scale=scale, causal=causal)
+
+  arrays = dict(q=q, k=k, v=v, segment_ids=segments, lengths=lengths)
+  out, lse = meshes.run(run, arrays, _LAYOUT)
+  return (out, lse) if return_lse else out
+
+
+_LAYOUT = meshes.Layout(
+  arrays=dict(q="BTHK", k="BSGK", v="BSGV", segment_ids="BT", lengths="B"),
+  out=("BTHV", "BTH"),
+)
+
+
+def _by_definition(q, k, v, segments, lengths, *, scale, causal):
+  """Of one block, which every query lists."""
+  one = jnp.ones((q.shape[0], q.shape[2], 1), jnp.int32)
+  if lengths is not None:
+    lengths = jnp.broadcast_to(
+      lengths[:, None, None], (k.shape[0], k.shape[2], 1)
+    )
+  inputs = problem.Inputs(
+    q, k, v, one[..., None] - 1, one, lengths=lengths, segments=segments
+  )
+  options = problem.Options(scale, q.shape[1], k.shape[1], causal=causal)
+  return reference.run(inputs, options)
+
+
+def _in_chunks(q, k, v, segments, lengths, *, scale, causal):
+  """As the module says: out `[B, T, H, V]` and lse `[B, T, H]`."""
+  b, t, heads, size = q.shape
+  s, groups = k.shape[1:3]
+  q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+  q = q.reshape(b, groups, heads // groups, t, size)
+  options = _Options(scale, causal, *_chunks(b * heads, heads // groups, t, s))
+  arrays = meshes.vary_alike((q, k, v, segments, lengths))
+  out, lse = _attend(options, *derivatives.reverse_only(arrays, _REMEDY))
   join = lambda x: jnp.swapaxes(x.reshape(b, heads, t, *x.shape[4:]), 1, 2)
-  out = join(out).astype(v.dtype)
-  return (out, join(lse)) if return_lse else out
+  return join(out).astype(v.dtype), join(lse)
 
 
-def _check_lengths(lengths, b, s):
-  lengths = arguments.integers("lengths", lengths)
-  arguments.check_shape("lengths", lengths, (b,), "B")
-  if arguments.known(lengths):
-    least, most = int(np.min(lengths)), int(np.max(lengths))
-    if least < 0 or most > s:
-      raise ValueError(
-        f"lengths must be from 0 to S = {s}, got {least if least < 0 else most}"
-      )
-  return jnp.asarray(arguments.saturated(lengths, s))
+_REMEDY = "use implementation='reference'"
+
+
+def check_lengths(
+  name: str, x: Any, b: int, most: int, letter: str
+) -> jax.Array:
+  """Lengths as int32 `[B]`.
+
+  Raises:
+    TypeError: unless they are integers.
+    ValueError: for another shape, and where they are known beyond 0 to `most`,
+      which is `letter`.
+  """
+  x = arguments.integers(name, x)
+  arguments.check_shape(name, x, (b,), "B")
+  arguments.check_range(name, x, most, letter)
+  return jnp.asarray(arguments.saturated(x, most))
 
 
 class _Options(NamedTuple):
+  """The static choices.
+
+  Attributes:
+    scale: of the scores.
+    causal: whether a query sees no later key.
+    chunk_q: queries of a chunk.
+    chunk_kv: keys of a chunk.
+    skip: whether chunks of later keys only are left out, in loops of computed
+      length, rather than masked.
+  """
+
   scale: float
   causal: bool
   chunk_q: int
   chunk_kv: int
+  skip: bool = True
 
 
 def _chunks(rows, repeat, t, s):
   """Sizes of the chunks: as large as they may be, and of even sizes."""
+  if not isinstance(rows, int):  # Symbolic, and so of any size.
+    rows = _SCORES
   # The heads that share a key head are rows of the same product.
   most_q, most_kv = max(_LEAST, _CHUNK_Q // repeat), _CHUNK_KV
   while rows * most_q * most_kv > _SCORES and max(most_q, most_kv) > _LEAST:
@@ -113,6 +179,31 @@ def _chunks(rows, repeat, t, s):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(options, q, k, v, segments, lengths):
   """q `[B, G, R, T, K]`, k, v `[B, G, S, .]` to out `[B, G, R, T, V]`, lse."""
+  return _pass(_forward, options)(q, k, v, segments, lengths)
+
+
+def _attend_fwd(options, *inputs):
+  out, lse = _pass(_forward, options)(*inputs)
+  return (out, lse), (*inputs, out.astype(inputs[2].dtype), lse)
+
+
+def _attend_bwd(options, residuals, cotangents):
+  return *_pass(_backward, options)(*residuals, *cotangents), None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _pass(f, options):
+  """`f` of arrays, which may be differentiated again."""
+  fast = functools.partial(f, options)
+  if not options.causal:
+    return fast
+  slow = functools.partial(f, options._replace(skip=False))
+  return derivatives.differentiable_as(fast, slow)
+
+
+def _forward(options, q, k, v, segments, lengths):
   length, dtype = q.shape[3], jnp.promote_types(q.dtype, jnp.float32)
   keys = _Keys.of(k, v, segments, lengths, options)
 
@@ -124,19 +215,22 @@ def _attend(options, q, k, v, segments, lengths):
       jnp.full((*shape, 1), problem.MASKED, dtype),
       jnp.zeros((*shape, 1), dtype),
     )
+    *init, _ = meshes.vary_alike((*init, q))
 
     def meet(j, carry):
       out, top, total = carry
       _, v, _ = keys.chunk(j, options)
       scores = _scores(number, j, q, own, keys, options)
-      new = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
+      # The result does not depend on it.
+      best = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+      new = jnp.maximum(top, best)
       weights = jnp.exp(scores - new)
       shrink = jnp.exp(top - new)
       total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
       return out * shrink + _rows_dot(weights.astype(v.dtype), v, 2), new, total
 
     out, top, total = jax.lax.fori_loop(
-      0, _reach(number, keys, options), meet, init
+      0, _reach(number, keys, options), meet, tuple(init)
     )
     return None, (out / total, top + jnp.log(total))
 
@@ -144,14 +238,7 @@ def _attend(options, q, k, v, segments, lengths):
   return core.merge([(_join(out, length), _join(lse, length)[..., 0])])
 
 
-def _attend_fwd(options, q, k, v, segments, lengths):
-  out, lse = _attend(options, q, k, v, segments, lengths)
-  return (out, lse), (q, k, v, segments, lengths, out.astype(v.dtype), lse)
-
-
-def _attend_bwd(options, residuals, cotangents):
-  q, k, v, segments, lengths, out, lse = residuals
-  g, dlse = cotangents
+def _backward(options, q, k, v, segments, lengths, out, lse, g, dlse):
   lse, delta = core.row_statistics(out, lse, g, dlse)
   keys = _Keys.of(k, v, segments, lengths, options)
   rows = lambda x: _split(x, options.chunk_q, 3)
@@ -171,25 +258,23 @@ def _attend_bwd(options, residuals, cotangents):
       dv = _add(dv, at, _columns_dot(probs.astype(k.dtype), narrow))
       return dq, dk, dv
 
-    init = (jnp.zeros(q.shape, lse.dtype), *grads)
+    init = (meshes.vary_alike((jnp.zeros(q.shape, lse.dtype), q))[0], *grads)
     reach = _reach(number, keys, options)
     dq, *grads = jax.lax.fori_loop(0, reach, meet, init)
     return tuple(grads), dq
 
   zero = tuple(jnp.zeros(x.shape, lse.dtype) for x in (keys.k, keys.v))
+  *zero, _ = meshes.vary_alike((*zero, q))
   xs = (
     _queries(q, segments, options),
     rows(g),
     rows(lse[..., None]),
     rows(delta[..., None]),
   )
-  (dk, dv), dq = jax.lax.scan(chunk, zero, xs)
+  (dk, dv), dq = jax.lax.scan(chunk, tuple(zero), xs)
   cut = lambda x, like: x[:, :, : like.shape[2]].astype(like.dtype)
   dq = _join(dq, q.shape[3]).astype(q.dtype)
-  return dq, cut(dk, k), cut(dv, v), None, None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
+  return dq, cut(dk, k), cut(dv, v)
 
 
 class _Keys(NamedTuple):
@@ -254,7 +339,7 @@ def _visible(i, at, own, keys, options):
 def _reach(i, keys, options):
   """How many chunks of keys a chunk of queries meets."""
   total = keys.k.shape[2] // options.chunk_kv
-  if not options.causal:
+  if not (options.causal and options.skip):
     return total
   last = (i + 1) * options.chunk_q - 1
   return jnp.minimum(last // options.chunk_kv + 1, total)

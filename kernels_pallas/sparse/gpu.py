@@ -47,6 +47,7 @@ def run(
     functools.partial(_backward, plan),
     inputs,
     options,
+    kernels="pallas_gpu",
   )
 
 

@@ -82,7 +82,7 @@ def forward(
     carry = _meet_pooled(data, tail, plan, at, q, carry)
   out, top, total = carry
   lse = top / _LOG2E + jnp.log(total)
-  seen = top > problem.MASKED / 2
+  seen = ~(top <= problem.MASKED / 2)  # NaN is.
   lse_ref[...] = jnp.where(seen, lse, problem.MASKED)
   out_ref[...] = out / total[:, None]
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import arguments, padding, products
-from kernels_pallas.sparse import api, choose, problem, select, statistics
+from kernels_pallas import arguments, meshes, padding, products
+from kernels_pallas.sparse import api, choose, problem, statistics
 from kernels_pallas.sparse import blocks as block_lists
+from kernels_pallas.sparse import scores as scoring
 
 # The share of coarse weights whose sum says how sharp a query block is.
 _SHARPNESS = 0.0625
@@ -98,7 +99,9 @@ def in_context_attention(
     NotImplementedError: where a named implementation cannot run.
   """
   b, t, heads = _check_sequence(q, k, v)
-  context_length = arguments.integer("context_length", context_length, 1, t - 1)
+  context_length = arguments.integer(
+    "context_length", context_length, 1, t - 1, "T - 1"
+  )
   keep = choose.check_share("keep", keep)
   sharp = choose.check_share("sharp", sharp, zero=True)
   density = choose.check_share("density", density)
@@ -117,27 +120,57 @@ def in_context_attention(
     residual = _gate(residual, (b, t, heads))
   q, k, v = api.common(q, k, v)
   first = context_length if causal else t - context_length
-  blocks = _cut(q, k, v, first, block_size)
-  num_first = problem.num_blocks(first, block_size)
-  mean_q, mean_k = (
-    statistics.mean(x, blocks.lengths) for x in (blocks.q, blocks.k)
-  )
-  scores = select.pooled_scores(mean_q, mean_k, options.scale)
-  decisions = _Decisions(
-    jax.lax.stop_gradient(scores), num_first, keep, sharp, density
-  )
   run = functools.partial(
     _attend, options=options, implementation=implementation
   )
-  out = (_causal if causal else _both_ways)(blocks, decisions, run)
-  out = _join(out, first, t)
-  if residual is not None:
-    mean_v = statistics.mean(blocks.v, blocks.lengths)
-    coarse = jax.nn.softmax(scores, axis=-1)
-    pooled = products.einsum("bhij,bhjv->bhiv", coarse, mean_v)
-    added = jnp.broadcast_to(pooled[..., None, :], blocks.v.shape)
-    out = out + residual[..., None] * _join(added, first, t)
-  return out.astype(v.dtype)
+
+  def attend(arrays):
+    q, k, v, residual = (arrays[name] for name in _LAYOUT.arrays)
+    blocks = _cut(q, k, v, first, block_size)
+    decisions = _decide(
+      blocks,
+      options,
+      problem.num_blocks(first, block_size),
+      keep=keep,
+      sharp=sharp,
+      density=density,
+    )
+    out = (_causal if causal else _both_ways)(blocks, decisions, run)
+    out = _join(out, first, t)
+    if residual is not None:
+      added = _join(_coarse(blocks, options), first, t)
+      out = out + residual[..., None] * added
+    return out.astype(v.dtype)
+
+  arrays = dict(q=q, k=k, v=v, residual=residual)
+  return meshes.run(attend, arrays, _LAYOUT)
+
+
+_LAYOUT = meshes.Layout(
+  arrays=dict(q="BTHK", k="BTGK", v="BTGV", residual="BTH"), out="BTHV"
+)
+
+
+def _coarse(blocks, options):
+  """Attention among means, of every token: [B, H, N, block, V]."""
+  q, k, v = (statistics.mean(x, blocks.lengths) for x in blocks[:3])
+  weights = jax.nn.softmax(scoring.pooled_scores(q, k, options.scale), axis=-1)
+  pooled = products.einsum("bhij,bhjv->bhiv", weights, v)
+  return jnp.broadcast_to(pooled[..., None, :], blocks.v.shape)
+
+
+def _decide(blocks, options, num_first, **shares):
+  """`_Decisions` from what is finite."""
+  size = blocks.q.shape[3]
+  real = jnp.arange(size) < blocks.lengths[:, None]
+  q, k = (
+    statistics.mean_of(x, real & statistics.finite_rows(x))
+    for x in (blocks.q, blocks.k)
+  )
+  scores = scoring.pooled_scores(q, k, options.scale)
+  # Finite, where products overflow: no weight is NaN.
+  scores = jnp.nan_to_num(jax.lax.stop_gradient(scores))
+  return _Decisions(scores, num_first, **shares)
 
 
 class _Decisions(NamedTuple):
@@ -258,7 +291,7 @@ def _causal_lists(scores, sharp, density):
   order = jnp.argsort(-jnp.sum(best, axis=-1), axis=-1)
   number = int(sharp * n + 0.5)
   full = jnp.argsort(order, axis=-1) < number
-  candidates = choose.Candidates(scores, seen, own)
+  candidates = choose.Candidates(scores, seen, own, jnp.zeros_like(own))
   longest = num_kv if number else max(1, int(choose.rounded(density, num_kv)))
   return choose.choose(
     candidates, longest, low=density, high=1.0, wanted=full[..., None] & seen

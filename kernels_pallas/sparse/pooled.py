@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import products
+from kernels_pallas import meshes, products
 from kernels_pallas.sparse import problem
 
 # Scores held at once, in elements per (B, H): small enough for a cache.
@@ -47,7 +47,7 @@ def forward(
 
   def body(_, rows):
     scores, _ = _scores(rows, tail, options)
-    top = jnp.max(scores, axis=-1, keepdims=True)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out = _values(weights / total, rows, tail, options)
@@ -89,6 +89,7 @@ def backward(
   zero = jax.tree.map(
     jnp.zeros_like, tail._replace(bias=None, segments=None, slope=None)
   )
+  zero, _ = meshes.vary_alike((zero, lse))
 
   def body(total, xs):
     rows, (lse, g, delta) = xs

@@ -9,12 +9,13 @@ N (P R + R^2 / 2), with the same values and gradients.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import arguments
+from kernels_pallas import arguments, meshes
 from kernels_pallas.sparse import api, core, dense
 
 
@@ -24,6 +25,7 @@ def prefix_shared_attention(
   *,
   prefix_lengths: jax.Array | None = None,
   scale: float | None = None,
+  implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Causal attention over `[prefix; suffix n]` for every n.
 
@@ -38,32 +40,53 @@ def prefix_shared_attention(
     prefix_lengths: int `[B]`, how many tokens of a prefix exist, the first
       ones; None is P.
     scale: multiplies the scores; None is K**-0.5.
+    implementation: as for `full_attention`.
 
   Returns:
     `[B, P, H, V]` and `[B, N, R, H, V]` in the dtype that all arrays promote
-    to. Both can be differentiated, in reverse mode.
+    to. Both can be differentiated, as `full_attention` can.
 
   Raises:
-    TypeError: for arrays of other dtypes.
-    ValueError: for shapes that do not fit.
+    TypeError: for arrays of other dtypes, and for what is no (q, k, v).
+    ValueError: for shapes and lengths that do not fit.
   """
-  b = _check(prefix, suffixes)
-  arrays = api.common(*prefix, *suffixes)
+  _check(prefix, suffixes)
+  scale = arguments.check_scale(scale, jnp.shape(prefix[0])[-1])
+  arrays = dict(
+    zip(_LETTERS, api.common(*prefix, *suffixes), strict=False),
+    prefix_lengths=_lengths(prefix_lengths, prefix),
+  )
+  attend = functools.partial(
+    dense.full_attention, scale=scale, implementation=implementation
+  )
+  layout = meshes.Layout(arrays=_LETTERS, out=("BPHV", "BNRHV"))
+  return meshes.run(functools.partial(_attend, attend), arrays, layout)
+
+
+_LETTERS = {
+  "prefix's q": "BPHK",
+  "prefix's k": "BPGK",
+  "prefix's v": "BPGV",
+  "suffixes' q": "BNRHK",
+  "suffixes' k": "BNRGK",
+  "suffixes' v": "BNRGV",
+  "prefix_lengths": "B",
+}
+
+
+def _attend(attend, arrays):
+  *arrays, lengths = (arrays[name] for name in _LETTERS)
   prefix, suffixes = arrays[:3], arrays[3:]
-  scale = arguments.check_scale(scale, prefix[0].shape[-1])
+  b = prefix[0].shape[0]
   # Nothing that exists reads what follows it.
-  first = dense.full_attention(*prefix, causal=True, scale=scale)
+  first = attend(*prefix, causal=True)
   one_row = lambda x: x.reshape(b, -1, *x.shape[3:])
-  to_prefix = dense.full_attention(
-    one_row(suffixes[0]),
-    *prefix[1:],
-    scale=scale,
-    lengths=prefix_lengths,
-    return_lse=True,
+  to_prefix = attend(
+    one_row(suffixes[0]), *prefix[1:], lengths=lengths, return_lse=True
   )
   one_each = lambda x: x.reshape(-1, *x.shape[2:])
-  to_self = dense.full_attention(
-    *(one_each(x) for x in suffixes), causal=True, scale=scale, return_lse=True
+  to_self = attend(
+    *(one_each(x) for x in suffixes), causal=True, return_lse=True
   )
   shape = suffixes[0].shape[1:4]
   whole = lambda x: x.reshape(b, *shape, *x.shape[3:])
@@ -71,8 +94,15 @@ def prefix_shared_attention(
   return first, core.merge(parts)[0].astype(first.dtype)
 
 
-def _check(prefix: Any, suffixes: Any) -> int:
-  """B, where everything fits."""
+def _lengths(x: Any, prefix: Any) -> jax.Array | None:
+  if x is None:
+    return None
+  b, p = jnp.shape(prefix[0])[:2]
+  return dense.check_lengths("prefix_lengths", x, b, p, "P")
+
+
+def _check(prefix: Any, suffixes: Any) -> None:
+  """Raises where something does not fit."""
   for name, x in (("prefix", prefix), ("suffixes", suffixes)):
     if not isinstance(x, tuple | list) or len(x) != 3:
       got = f" of {len(x)}" if isinstance(x, tuple | list) else ""
@@ -105,4 +135,3 @@ def _check(prefix: Any, suffixes: Any) -> int:
         f"heads and size as prefix's {list(like.shape)}, N and R at least 1 "
         f"and as q's, got {list(x.shape)}"
       )
-  return q[0]

@@ -98,9 +98,9 @@ def _one_head(
     scores = jnp.concatenate([scores, pooled], axis=1)
     values = jnp.concatenate([values, pooled_v])
   top = jnp.max(scores, axis=1, keepdims=True)
-  weights = jnp.where(scores > problem.MASKED / 2, jnp.exp(scores - top), 0.0)
+  weights = jnp.where(scores <= problem.MASKED / 2, 0.0, jnp.exp(scores - top))
   total = jnp.sum(weights, axis=1, keepdims=True)
-  seen = total > 0
+  seen = total != 0
   total = jnp.where(seen, total, 1.0)
   if options.tail in ("mean_global", "mean_local"):
     first = jnp.einsum("tj,tjv->tv", weights[:, s:], slopes)
@@ -115,9 +115,13 @@ def _pooled(q, k, v, of_block, own, options):
   members = of_block.astype(k.dtype)
   length = jnp.sum(members, axis=1)
   count = jnp.maximum(length, 1)[:, None]
-  mean_k, mean_v = members @ k / count, members @ v / count
+  # A key may be NaN, which is its own block's only, and there the score's.
+  of_block = of_block[..., None]
+  mean_k = jnp.sum(jnp.where(of_block, k, 0.0), axis=1) / count
+  mean_v = members @ v / count
   scores = scale * q @ mean_k.T + jnp.log(jnp.maximum(length, 1))
-  deviation = (k - mean_k[:, None]) * members[..., None]
+  deviation = jnp.where(of_block, k - mean_k[:, None], 0.0)
+  deviation = jnp.where(jnp.isnan(deviation), 0.0, deviation)
   if options.tail == "mean_var":
     variance = jnp.sum(deviation**2, axis=1) / count
     cumulant = scale**2 / 2 * (q**2 @ variance.T)

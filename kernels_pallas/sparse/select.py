@@ -8,25 +8,24 @@ only see in part are always listed, because nothing can be pooled of them.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import arguments, products
+from kernels_pallas import arguments, meshes
 from kernels_pallas.sparse import (
   api,
   choose,
   core,
   problem,
-  statistics,
 )
 from kernels_pallas.sparse import blocks as block_lists
+from kernels_pallas.sparse import scores as scoring
 
 METHODS = ("topk", "threshold", "top_p")
 _ARGUMENT = {"topk": "density", "threshold": "tau", "top_p": "top_p"}
-# Added to a norm before its logarithm, as PISA does.
-_NORM_EPS = 1e-5
 
 
 def select_blocks(
@@ -62,6 +61,10 @@ def select_blocks(
   two, the highest scores first; what exceeds the bound falls to the tail. A
   list has at least one block and all that are forced, which count in its
   share and may exceed it.
+
+  Forced blocks are listed whatever their scores. Queries, keys and values
+  that are not finite do not take part in scores; of the blocks that are not
+  forced, those that hold such keys come first.
 
   Args:
     q: `[B, T, H, K]`.
@@ -99,15 +102,13 @@ def select_blocks(
     TypeError: naming the argument, for dtypes that are not allowed.
     ValueError: naming the argument, for shapes and values that are not.
   """
-  values = k if v is None else v
-  b, t, s, heads, groups = api.sizes(q, k, values)
+  b, t, s, heads, _ = api.sizes(q, k, k if v is None else v)
   scale = arguments.check_scale(scale, jnp.shape(q)[-1])
   block_q = api.check_block("block_q", block_q)
   block_kv = api.check_block("block_kv", block_kv)
-  causal = api.check_causal(causal, t, s)
-  segments = api.check_segments(segment_ids, b, t, s)
-  num_q = problem.num_blocks(t, block_q)
-  num_kv = problem.num_blocks(s, block_kv)
+  options = problem.Options(
+    scale, block_q, block_kv, causal=api.check_causal(causal, t, s)
+  )
   amount = _check_method(method, density, tau, top_p)
   low = choose.check_share("min_density", min_density, zero=True)
   high = choose.check_share("max_density", max_density)
@@ -129,42 +130,78 @@ def select_blocks(
       "the threshold's moments are those of the plain scores; allowed with "
       "covariance_aware and error_aware: topk, top_p"
     )
+  rule = _Rule(
+    method=method,
+    amount=amount,
+    low=amount if method == "topk" else low,
+    high=amount if method == "topk" else high,
+    covariance_aware=bool(covariance_aware),
+    error_aware=bool(error_aware),
+    always=_entries(always, problem.num_blocks(s, block_kv)),
+  )
+  used = (q, k, v) if covariance_aware else (q, k)
+  used = (jax.lax.stop_gradient(x) for x in api.common(*used))
+  arrays = dict(zip("qkv", used, strict=False))
+  arrays["segment_ids"] = api.check_segments(segment_ids, b, t, s)
+  layout = meshes.Layout(
+    arrays=dict(q="BTHK", k="BSGK", v="BSGV", segment_ids="BT"),
+    out=("BHNM", "BHN", "BHN"),
+  )
+  indices, counts, seen = meshes.run(
+    lambda x: _select(**x, options=options, rule=rule), arrays, layout
+  )
+  share = jnp.sum(counts) / jnp.sum(seen)
+  return block_lists.BlockIndices(indices, counts, share.astype(jnp.float32))
 
-  q, k, values = (jax.lax.stop_gradient(x) for x in api.common(q, k, values))
-  options = problem.Options(scale, block_q, block_kv, causal=causal)
+
+class _Rule(NamedTuple):
+  """What `select_blocks` was asked for: `amount` is its method's."""
+
+  method: str
+  amount: float
+  low: float
+  high: float
+  covariance_aware: bool
+  error_aware: bool
+  always: list[int | str]
+
+
+def _select(q, k, v=None, *, segment_ids, options, rule):
+  """The lists, their counts, and how many blocks each query block sees."""
+  b, t, heads, _ = q.shape
+  num_q = problem.num_blocks(t, options.block_q)
+  num_kv = problem.num_blocks(k.shape[1], options.block_kv)
   none = jnp.zeros((b, heads, num_q), jnp.int32)
+  values = k if v is None else v
   exact = core.pad(
-    problem.Inputs(q, k, values, none[..., None], none, segments=segments),
+    problem.Inputs(q, k, values, none[..., None], none, segments=segment_ids),
     options,
   )
-  forced = _forced(always, num_q, num_kv, options, t)
-  share = amount if method == "topk" else high
+  forced = _forced(rule.always, num_q, num_kv, options, t)
   longest = max(
-    1, choose.rounded(share, num_kv), _most_forced(forced, exact, options)
+    1,
+    choose.rounded(rule.high, num_kv),
+    _most_forced(forced, exact, options),
   )
   longest = min(int(longest), num_kv)
   allowed, forced = _visibility(exact, options, t, forced)
-  mean_q = _mean_queries(exact, options, t)
-  mean_k = statistics.mean(statistics.split(exact.k, block_kv), exact.lengths)
-  if error_aware:
-    scores = mean_errors(mean_q, mean_k, exact, options)
-  else:
-    scores = pooled_scores(mean_q, mean_k, scale)
-  bound = None
-  if method == "threshold":
-    bound = _gaussian_bound(mean_q, mean_k, allowed, scale, amount)
-  if covariance_aware:
-    spread = _spread(exact, mean_k, options)
-    repeat = heads // groups
-    scores = scores + jnp.repeat(spread, repeat, axis=1)[:, :, None]
-  candidates = choose.Candidates(scores, allowed, forced)
-  if method == "topk":
-    return choose.choose(candidates, longest, low=amount, high=amount)
-  if method == "threshold":
-    wanted = scores > bound
-  else:
-    wanted = choose.heaviest(candidates, amount)
-  return choose.choose(candidates, longest, low=low, high=high, wanted=wanted)
+  scored = scoring.score_blocks(exact, options, t, error_aware=rule.error_aware)
+  scores = scored.scores
+  if rule.covariance_aware:
+    scores = scores + scoring.repeat(scoring.spread(scored), scores)
+  candidates = choose.Candidates(scores, allowed, forced, scored.odd)
+  wanted = None
+  if rule.method == "threshold":
+    wanted = scores > scoring.gaussian_bound(
+      scored, allowed, options, rule.amount
+    )
+  if rule.method == "top_p":
+    wanted = choose.heaviest(candidates, rule.amount)
+  lists = choose.choose(
+    candidates, longest, low=rule.low, high=rule.high, wanted=wanted
+  )
+  seen = jnp.sum(jnp.broadcast_to(allowed, scores.shape), -1, dtype=jnp.int32)
+  return lists.indices, lists.counts, seen
 
 
 def _check_method(method, density, tau, top_p) -> float:
@@ -196,7 +233,7 @@ def _forced(always, num_q, num_kv, options, length) -> np.ndarray:
   forced = np.zeros((num_q, num_kv), bool)
   if options.causal:
     forced |= overlap
-  for entry in _entries(always, num_kv):
+  for entry in always:
     if entry == "diagonal":
       forced |= overlap
     else:
@@ -261,55 +298,6 @@ def _visibility(exact, options, length, forced):
   return allowed, allowed & (forced | (low != high)[:, :, None])
 
 
-def _mean_queries(exact, options, length):
-  """Mean query of each block, at least float32: [B, H, NQ, K]."""
-  q = statistics.split(exact.q, options.block_q)
-  lengths = np.minimum(
-    options.block_q, length - np.arange(q.shape[2]) * options.block_q
-  )
-  return statistics.mean(q, jnp.asarray(lengths))
-
-
-def pooled_scores(
-  mean_q: jax.Array, mean_k: jax.Array, scale: float
-) -> jax.Array:
-  """`[B, H, NQ, K]` by `[B, G, NK, K]` to `[B, H, NQ, NK]`."""
-  b, h, num_q, size = mean_q.shape
-  g = mean_k.shape[1]
-  q = mean_q.reshape(b, g, h // g, num_q, size)
-  scores = products.einsum("bgrqk,bgjk->bgrqj", q, mean_k) * scale
-  return scores.reshape(b, h, num_q, -1)
-
-
-def mean_errors(
-  mean_q: jax.Array,
-  mean_k: jax.Array,
-  exact: problem.Exact,
-  options: problem.Options,
-) -> jax.Array:
-  """Log errors of blocks' mean keys for mean queries: `[B, H, NQ, NK]`.
-
-  In units of each row's greatest weight, one query block at a time.
-  """
-  b, h, num_q, size = mean_q.shape
-  g, num_kv = mean_k.shape[1:3]
-  k = statistics.split(exact.k, options.block_kv).astype(mean_k.dtype)
-  real = jnp.arange(options.block_kv) < exact.lengths[..., None]
-
-  def row(q):
-    scores = options.scale * products.einsum("bgrk,bgjsk->bgrjs", q, k)
-    scores = jnp.where(real[:, :, None], scores, -jnp.inf)
-    means = options.scale * products.einsum("bgrk,bgjk->bgrj", q, mean_k)
-    top = jnp.max(scores, axis=(-2, -1), keepdims=True)
-    away = jnp.exp(scores - top) - jnp.exp(means[..., None] - top)
-    away = jnp.where(real[:, :, None], jnp.abs(away), 0)
-    tiny = jnp.finfo(away.dtype).tiny
-    return jnp.log(jnp.sum(away, axis=-1) + tiny)
-
-  rows = jnp.moveaxis(mean_q.reshape(b, g, h // g, num_q, size), 3, 0)
-  return jnp.moveaxis(jax.lax.map(row, rows), 0, 3).reshape(b, h, num_q, num_kv)
-
-
 def select_within(
   exact: problem.Exact,
   options: problem.Options,
@@ -322,51 +310,10 @@ def select_within(
   What `select_blocks` does where nothing but the blocks' lengths limits the
   choice; a row of blocks that are all empty is not allowed.
   """
-  keys = jax.lax.stop_gradient(exact.k)
-  exact = exact._replace(k=keys, q=jax.lax.stop_gradient(exact.q))
-  mean_q = _mean_queries(exact, options, exact.q.shape[2])
-  mean_k = statistics.mean(
-    statistics.split(exact.k, options.block_kv), exact.lengths
+  stop = jax.lax.stop_gradient
+  exact = exact._replace(k=stop(exact.k), q=stop(exact.q), v=stop(exact.v))
+  scored = scoring.score_blocks(
+    exact, options, exact.q.shape[2], error_aware=error_aware
   )
-  if error_aware:
-    scores = mean_errors(mean_q, mean_k, exact, options)
-  else:
-    scores = pooled_scores(mean_q, mean_k, options.scale)
-  repeat = scores.shape[1] // mean_k.shape[1]
-  allowed = jnp.repeat(exact.lengths > 0, repeat, axis=1)[:, :, None]
-  return choose.best(scores, allowed, density)
-
-
-def _gaussian_bound(mean_q, mean_k, allowed, scale, tau):
-  """Row means plus tau deviations of scores: [B, H, NQ, 1].
-
-  From the mean and the variance per channel of the mean keys that a row
-  sees, as if the channels were independent.
-  """
-  b, h, num_q, _ = mean_q.shape
-  g = mean_k.shape[1]
-  weight = allowed.astype(mean_k.dtype)
-  weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
-  # Around the mean of all, so that the variance does not cancel.
-  centre = jnp.mean(mean_k, axis=2, keepdims=True)
-  moments = lambda x: products.einsum("bgij,bgjk->bgik", weight, x)
-  first = moments(mean_k - centre)
-  variance = jnp.maximum(
-    moments(jnp.square(mean_k - centre)) - jnp.square(first), 0
-  )
-  q = mean_q.reshape(b, g, h // g, num_q, -1)
-  mean = jnp.sum(q * (first + centre)[:, :, None], axis=-1)
-  spread = jnp.sum(jnp.square(q) * variance[:, :, None], axis=-1)
-  bound = scale * mean + tau * abs(scale) * jnp.sqrt(spread)
-  return bound.reshape(b, h, num_q, 1)
-
-
-def _spread(exact, mean_k, options):
-  """log(||H_j||_F + eps) of each key block: [B, G, NK]."""
-  dtype = mean_k.dtype
-  k = statistics.split(exact.k, options.block_kv).astype(dtype)
-  v = statistics.split(exact.v, options.block_kv).astype(dtype)
-  deviation = statistics.centred(k, mean_k, exact.lengths)
-  matrices = products.einsum("bgnsk,bgnsv->bgnkv", deviation, v)
-  norm = jnp.sqrt(jnp.sum(jnp.square(matrices), axis=(-2, -1)))
-  return jnp.log(norm + _NORM_EPS)
+  allowed = scoring.repeat(exact.lengths > 0, scored.scores)
+  return choose.best(scored.scores, allowed, density, scored.odd)

@@ -31,10 +31,35 @@ def mean(x: jax.Array, lengths: jax.Array) -> jax.Array:
   return total / jnp.maximum(lengths, 1)[..., None].astype(total.dtype)
 
 
+def finite_rows(x: jax.Array) -> jax.Array:
+  """Which rows are finite: bool `[..., N, size]` of `[..., N, size, width]`."""
+  return jnp.all(jnp.isfinite(x), axis=-1)
+
+
+def mean_of(x: jax.Array, which: jax.Array) -> jax.Array:
+  """Means over some rows of each block, 0 for none and where they overflow.
+
+  Args:
+    x: `[..., N, size, width]`.
+    which: bool `[..., N, size]`.
+
+  Returns:
+    `[..., N, width]`, at least float32.
+  """
+  x = jnp.where(which[..., None], x, 0)
+  average = mean(x, jnp.sum(which, axis=-1))
+  return jnp.where(jnp.isfinite(average), average, 0)
+
+
 def centred(x: jax.Array, average: jax.Array, lengths: jax.Array) -> jax.Array:
-  """`x` less its block's mean, 0 beyond the length: `[..., N, size, width]`."""
+  """`x` less its block's mean, 0 beyond the length: `[..., N, size, width]`.
+
+  Also 0 in blocks whose mean is NaN: their score is, and here they would make
+  NaN what does not see them.
+  """
   real = jnp.arange(x.shape[-2]) < lengths[..., None]
-  return jnp.where(real[..., None], x - average[..., None, :], 0)
+  real = real[..., None] & ~jnp.isnan(average)[..., None, :]
+  return jnp.where(real, x - average[..., None, :], 0)
 
 
 def tail(exact: problem.Exact, options: problem.Options) -> problem.Tail | None:

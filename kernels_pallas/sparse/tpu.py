@@ -52,7 +52,7 @@ def run(
     NotImplementedError: without `interpret` for float64 and for block sizes
       that are not whole tiles, and for what does not fit VMEM.
   """
-  return core.run(_forward, _backward, inputs, options)
+  return core.run(_forward, _backward, inputs, options, kernels="pallas_tpu")
 
 
 _own = lambda x: (x.batch, x.head, x.block)

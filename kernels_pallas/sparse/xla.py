@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import meshes
 from kernels_pallas.sparse import blocks as block_lists
 from kernels_pallas.sparse import core, pooled, problem, statistics
 
@@ -52,7 +53,7 @@ def _forward(exact, tail, options):
   def body(_, step):
     k, v = (_gather(x, step.indices) for x in blocks)
     scores = _scores(step, k, exact, options)
-    top = jnp.max(scores, axis=-1, keepdims=True)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out = _dot(weights.astype(v.dtype), v, 5, 4) / total
@@ -70,6 +71,7 @@ def _backward(exact, options, lse, g, delta):
   rows = lambda x: _per_row(x, exact)
   per_row = rows(lse[..., None]), rows(g), rows(delta[..., None])
   zero = tuple(jnp.zeros(x.shape, lse.dtype) for x in blocks)
+  *zero, _ = meshes.vary_alike((*zero, lse))
 
   def body(total, xs):
     step, xs = xs
@@ -87,7 +89,7 @@ def _backward(exact, options, lse, g, delta):
     )
     return total, dq
 
-  total, dq = jax.lax.scan(body, zero, (_steps(exact), per_row))
+  total, dq = jax.lax.scan(body, tuple(zero), (_steps(exact), per_row))
   whole = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])
   return _join(dq, exact), *(whole(x) for x in total)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import paths
-from optim import assembly, matrices, numerics
+from optim import matrices, numerics
 from optim.orthogonal import polar
 
 # XLA:CPU sums columns a few at a time, down all rows: where rows are long, each
@@ -128,7 +128,8 @@ def scale_by_column_norm(
       f"axis must be 0, 1, -1 or -2, an axis of a matrix, got {axis!r}"
     )
 
-  def update(updates, state):
+  def update(updates, state, params=None):
+    del params
     found, treedef = jax.tree_util.tree_flatten_with_path(updates)
     for path, g in found:
       if g.ndim == 0:
@@ -147,7 +148,7 @@ def scale_by_column_norm(
     ]
     return treedef.unflatten(out), state
 
-  return assembly.direction(optax.init_empty_state, update)
+  return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def scale_by_spectral_norm(
@@ -177,9 +178,9 @@ def scale_by_spectral_norm(
       `matrix_axes` that do not fit.
   """
 
-  def direction(parts, sides):
+  def direction(parts):
     factors = polar.newton_schulz_list(
-      parts, coefficients=coefficients, dtype=ns_dtype, partitions=sides
+      parts, coefficients=coefficients, dtype=ns_dtype
     )
     return [
       math.sqrt(max(x.shape[-2:])) * y.astype(x.dtype)
@@ -190,7 +191,7 @@ def scale_by_spectral_norm(
 
 
 def map_matrices(
-  direction: Callable[[list[jax.Array], list[Any]], list[jax.Array]],
+  direction: Callable[[list[jax.Array]], list[jax.Array]],
   matrix_axes: matrices.Spec,
   method: str,
 ) -> optax.GradientTransformation:
@@ -198,8 +199,7 @@ def map_matrices(
 
   Args:
     direction: maps a list of arrays [batch..., d_in, d_out], in at least
-      float32, and one of `matrices.sides` to a list of arrays of the same
-      shapes.
+      float32, to a list of arrays of the same shapes.
     matrix_axes: as for `scale_by_muon`.
     method: the optimizer's name, for messages.
 
@@ -211,26 +211,22 @@ def map_matrices(
     matrices.resolve(matrix_axes, params, method)
     return optax.EmptyState()
 
-  def update(updates, state, *, partitions):
+  def update(updates, state, params=None):
+    del params
     grads, treedef = jax.tree.flatten(updates)
     axes = matrices.resolve(matrix_axes, updates, method)
     parts = [
       matrices.split(g, a)
       for g, a in zip(numerics.widen(grads), axes, strict=True)
     ]
-    sides = [
-      matrices.sides(partition, a)
-      for partition, a, leaf in zip(partitions, axes, parts, strict=True)
-      for _ in leaf
-    ]
-    found = iter(direction([x for leaf in parts for x in leaf], sides))
+    found = iter(direction([x for leaf in parts for x in leaf]))
     out = [
       matrices.join([next(found) for _ in leaf], g.shape, a).astype(g.dtype)
       for g, leaf, a in zip(grads, parts, axes, strict=True)
     ]
     return treedef.unflatten(out), state
 
-  return assembly.direction(init, update, takes_partitions=True)
+  return optax.GradientTransformation(init, update)
 
 
 def axis_of_rows(rows: str) -> int:

@@ -38,11 +38,6 @@ def take(
   return which, out
 
 
-# Mesh axes, as an entry of a `PartitionSpec`, of a matrix's rows and columns;
-# None where they are not known.
-Partition = tuple[Any, Any] | None
-
-
 class _Sides(NamedTuple):
   """Mesh axes by what they do to a parameter's matrices.
 
@@ -60,7 +55,8 @@ class _Sides(NamedTuple):
 def mesh_of(xs: Sequence[jax.Array]) -> AbstractMesh | None:
   """The mesh in context (`jax.set_mesh`), or the one that arrays live on.
 
-  Under `jax.jit` an argument's mesh is part of its type.
+  Under `jax.jit` an argument's mesh is part of its type; its partition is
+  too where the mesh's axes are explicit, but not where they are automatic.
 
   Args:
     xs: arrays or tracers.
@@ -91,15 +87,12 @@ def common_side(shapes: Sequence[tuple[int, ...]]) -> int:
 
 
 def _sides(
-  mesh: AbstractMesh,
-  xs: Sequence[jax.Array],
-  partitions: Sequence[Partition],
-  width: int | None,
+  mesh: AbstractMesh, xs: Sequence[jax.Array], width: int | None
 ) -> _Sides:
   """How most of the arrays' numbers are divided.
 
-  Where the mesh's axes are explicit, types say it, and `partitions` hold it.
-  Over automatic axes it is not known while tracing, and guessed, as in the
+  Where the mesh's axes are explicit, types say it. Over automatic axes
+  partitions are not known while tracing, and this is a guess, as in the
   default `sharding.Rules`: parameters are repeated over the axes that divide
   the batch only (data); of the others the last (tensor) divides the side that
   is not the model's width and those before it (fsdp) the width, or a single
@@ -108,7 +101,7 @@ def _sides(
   one more exchange.
   """
   names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
-  if None in partitions:
+  if AxisType.Auto in mesh.axis_types:
     rules = sharding.Rules()
     dividing = [
       name for name in names if name == rules.embed or name not in rules.batch
@@ -120,7 +113,8 @@ def _sides(
       rows, columns = columns, rows
   else:
     votes = collections.Counter()
-    for x, sides in zip(xs, partitions, strict=True):
+    for x in xs:
+      sides = jax.typeof(x).sharding.spec[-2:]
       votes[tuple(_names(side) for side in sides)] += x.size
     rows, columns = votes.most_common(1)[0][0]
   repeated = tuple(name for name in names if name not in rows + columns)
@@ -162,7 +156,6 @@ def spread(
   strips: Sequence[int],
   mesh: AbstractMesh,
   *args: jax.Array,
-  partitions: Sequence[Sequence[Partition]],
   width: int | None = None,
   **static: Any,
 ) -> list[list[jax.Array]]:
@@ -181,7 +174,6 @@ def spread(
       strips together are no more than the devices.
     mesh: from `mesh_of`.
     *args: further arrays that `fn` takes after the matrices.
-    partitions: for each array, how its matrices are divided.
     width: the side that the model's width is; None is m.
     **static: hashable keyword arguments of `fn`.
 
@@ -193,14 +185,12 @@ def spread(
     fn=fn,
     strips=tuple(strips),
     mesh=mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names)),
-    sides=_sides(
-      mesh,
-      [x for xs in groups for x in xs],
-      [p for ps in partitions for p in ps],
-      width,
-    ),
+    sides=_sides(mesh, [x for xs in groups for x in xs], width),
     static=tuple(sorted(static.items())),
   )
+  if AxisType.Explicit in mesh.axis_types:
+    kept = jax.tree.map(lambda x: jax.typeof(x).sharding, list(groups))
+    run = jax.sharding.auto_axes(run, out_sharding=kept)
   return run([list(xs) for xs in groups], args)
 
 

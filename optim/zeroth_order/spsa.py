@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlib_ext import meshes
-from optim import arguments, assembly, numerics
+from optim import arguments, numerics
 
 
 class SpsaState(NamedTuple):
@@ -44,20 +43,14 @@ def _map_normals(f: Callable[..., jax.Array], key: jax.Array, tree: Any) -> Any:
   """f(leaf, z) of each leaf, z standard normal in at least float32.
 
   One leaf after another, lest all directions are drawn before the first is
-  used. Leaves without entries do not count.
+  used.
   """
   leaves, treedef = jax.tree.flatten(tree)
-  count = sum(not assembly.is_empty(x) for x in leaves)
-  keys = iter(jax.random.split(key, max(count, 1)))
+  keys = jax.random.split(key, max(len(leaves), 1))
   out = []
-  for x in leaves:
+  for i, x in enumerate(leaves):
     dtype = numerics.at_least_float32(x.dtype)
-    if assembly.is_empty(x):
-      out.append(f(x, x.astype(dtype)))
-    else:
-      where = jax.typeof(x).sharding if meshes.explicit_mesh(x) else None
-      z = jax.random.normal(next(keys), x.shape, dtype, out_sharding=where)
-      out.append(f(x, z))
+    out.append(f(x, jax.random.normal(keys[i], x.shape, dtype)))
   return treedef.unflatten(out)
 
 
