@@ -16,6 +16,11 @@ from jaxlib_ext import quantization
 from models import transformer
 
 
+def _as_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+  """The fields with JSON's lists as what they were: a config is its JSON."""
+  return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
   """The model: a preset's fields, then these.
@@ -28,6 +33,9 @@ class Model:
 
   preset: str = ""
   fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    object.__setattr__(self, "fields", _as_tuples(self.fields))
 
   def build(self, vocab_size: int) -> transformer.Config:
     """The model's config, for a tokenizer of `vocab_size` ids."""
@@ -59,6 +67,9 @@ class Optimizer:
   final_fraction: float = 0.1
   clip_norm: float = 0.0
   arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    object.__setattr__(self, "arguments", _as_tuples(self.arguments))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,15 @@ if jax.__version_info__[:2] == (0, 10):
   )
 
 
+def pytest_collection_modifyitems(config, items):
+  """Leaves the large budgets of `tests.fuzz` out unless they are asked for."""
+  if "fuzz" in config.option.markexpr:
+    return
+  large = [item for item in items if item.get_closest_marker("fuzz")]
+  config.hook.pytest_deselected(items=large)
+  items[:] = [item for item in items if not item.get_closest_marker("fuzz")]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forgotten_programs():
   """Lets a module's programs go, and has it leave the switch as it was.
