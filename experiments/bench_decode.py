@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import bench_train, errors, host_memory, reports
-from jaxlib_ext import records
+from experiments import bench_train, errors, reports
+from jaxlib_ext import host, records
 from models import decode, transformer
 
 MIXERS = ("mdn", "gdn", "kda", "mamba2", "full")
@@ -257,7 +257,7 @@ def main() -> None:
     raise errors.UserError(
       f"--mixers: got {unknown or 'nothing'}, allowed: {list(MIXERS)}"
     )
-  host_memory.keep_freed()
+  host.keep_freed_memory()
   try:
     record = measure(
       CONFIG,

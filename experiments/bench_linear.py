@@ -31,12 +31,11 @@ from experiments import (
   bench_train,
   contender,
   errors,
-  host_memory,
   reports,
   workers,
 )
 from experiments.linear import cases, floors, worker
-from jaxlib_ext import records
+from jaxlib_ext import host, records
 from kernels_pallas.linear import problem
 
 MODES = contender.MODES
@@ -349,7 +348,7 @@ def main() -> None:
     raise errors.UserError(
       f"--peer_python: got {values.peer_python!r}, which is no program"
     )
-  host_memory.keep_freed()
+  host.keep_freed_memory()
   for shape_name in shapes:
     shape = cases.SHAPES[shape_name]
     for op in ops:

@@ -37,10 +37,9 @@ from experiments import (
   bench_train,
   contender,
   errors,
-  host_memory,
   reports,
 )
-from jaxlib_ext import records, specs
+from jaxlib_ext import host, records, specs
 from models import transformer
 
 # Two float32 Newton-Schulz iterations in other orders of summation: rounding
@@ -268,7 +267,7 @@ def main() -> None:
     raise errors.UserError(
       f"--groups: got {unknown}, allowed: {list(contenders.GROUPS)}"
     )
-  host_memory.keep_freed()
+  host.keep_freed_memory()
   rates = {d: reports.matmul_rate(d) for d in ("bfloat16", "float32")}
   # Emulated products are no faster than those they are made of.
   native = rates["bfloat16"] > 1.2 * rates["float32"]

@@ -33,8 +33,8 @@ import numpy as np
 from absl import flags
 
 import kernels_pallas
-from experiments import bench_train, contender, errors, host_memory, reports
-from jaxlib_ext import records
+from experiments import bench_train, contender, errors, reports
+from jaxlib_ext import host, records
 from kernels_pallas.sparse import core, dense, problem, statistics
 
 DENSE, PEER = "dense", "jax"
@@ -308,7 +308,7 @@ def main() -> None:
       )
   blocks = _numbers("block_q", values.block_q, 1)
   lengths = _numbers("lengths", values.lengths, max(values.block, *blocks))
-  host_memory.keep_freed()
+  host.keep_freed_memory()
   modes = contender.MODES if values.gradients else contender.MODES[:1]
   for length, block_q, tail in itertools.product(lengths, blocks, values.tails):
     sizes = dict(

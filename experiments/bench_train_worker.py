@@ -14,12 +14,11 @@ import numpy as np
 from experiments import (
   bench_train_torch,
   configs,
-  host_memory,
   reports,
   trainer,
   workers,
 )
-from jaxlib_ext import paths, sharding
+from jaxlib_ext import host, paths, sharding
 
 # A constant rate from the first step: PyTorch's side then needs no schedule.
 _FIXED = (
@@ -149,7 +148,7 @@ def answer(side: Any, request: Mapping[str, Any]) -> Any:
 
 def _first_session(framework: str, point: Mapping[str, Any], weights: str):
   if framework == "ours":
-    host_memory.keep_freed()
+    host.keep_freed_memory()
   return session(framework, Point(**point), weights)
 
 

@@ -14,13 +14,14 @@ import re
 import jax
 from absl import flags
 
-from experiments import configs, errors, host_memory, loop
+from experiments import configs, errors, loop
+from jaxlib_ext import host
 
 
 def main() -> None:
   """Runs or resumes one config."""
   values = flags.FLAGS
-  host_memory.keep_freed()
+  host.keep_freed_memory()
   # A damaged checkpoint is reported by us; asyncio would add its own pages.
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   config = configs.resolve(values.config, values["set"].value)

@@ -18,15 +18,16 @@ import pathlib
 
 from absl import flags
 
-from experiments import errors, host_memory
+from experiments import errors
 from experiments.diffusion import configs
 from experiments.diffusion import run as run_lib
+from jaxlib_ext import host
 
 
 def main() -> None:
   """Runs or resumes one config."""
   values = flags.FLAGS
-  host_memory.keep_freed()
+  host.keep_freed_memory()
   # A damaged checkpoint is reported by us; asyncio would add its own pages.
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   config = configs.resolve(values.config, values["set"].value, values.data)

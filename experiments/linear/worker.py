@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import contender, host_memory, workers
+from experiments import contender, workers
+from jaxlib_ext import host
 
 # Op to the name that `jla.ops.linear_attention` has for it.
 PEER_KINDS = {
@@ -88,7 +89,7 @@ def peer(op: str, path: str, dtypes: Mapping[str, str]) -> contender.Contender:
   """The plain JAX form of jax-linear-attention, on the arrays at `path`."""
   from jla import ops
 
-  host_memory.keep_freed()
+  host.keep_freed_memory()
   with np.load(path) as loaded:
     arrays = {
       name: jax.numpy.asarray(x, dtypes[name]) for name, x in loaded.items()

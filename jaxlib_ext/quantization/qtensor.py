@@ -139,16 +139,23 @@ def quantize(
   Idempotent: quantizing what was dequantized gives the same codes and scales
   bit for bit, rounding to nearest or at random. A group's largest magnitude
   becomes the format's (under a power-of-two scale it need not), so nothing is
-  clipped but by the rounding of the scales, and finite values stay finite.
-  Groups below about 1e-35 use a common least scale, and subnormal numbers
-  count as zero wherever the backend flushes them.
+  clipped but by the rounding of the scales, and finite values stay finite:
+  what would round beyond float32 (above 2.5e38 in "mxfp4", 3.2e38 in "mxfp8")
+  goes to the largest value that does not.
+
+  To nearest, an element is off by at most half a step of the grid times the
+  scale, at random by less than one step. No step is finer than 2^-126, the
+  least positive number that is not subnormal: groups that are so small that
+  one would be (below 1.5e-36 for "int8", always below 1e-35) share a least
+  scale. Subnormal elements are rounded like others, on every backend.
 
   A value that is not finite shows: its group dequantizes to NaN, for "nvfp4"
   its matrix; for "mxfp8" and "mxfp4" the value to infinity and the rest of
   its group to zero.
 
   Args:
-    x: floating [..., in, out] or [n], or a `QTensor`, which is dequantized.
+    x: floating [..., in, out] or [n], rounded to float32 first (float64 beyond
+      that is infinite), or a `QTensor`, which is dequantized.
     fmt: a `Format`, or the name of one.
     key: a PRNG key for stochastic rounding, unbiased and with a random number
       of its own for each element; the largest magnitude of a group, which
@@ -169,23 +176,45 @@ def quantize(
       "x must be a floating array of at least one dimension, got "
       f"{x.dtype}{list(x.shape)}"
     )
-  x = x.astype(jnp.float32)
+  x = _to_float32(x)
   noise = None if key is None else rounding.uniform(key, x.shape)
   if fmt.scale == "e8m0":
     return _quantize_mx(x, fmt, noise)
   if fmt.scale == "e4m3":
     return _quantize_nvfp4(x, fmt, noise)
   absmax = _group_max(x, fmt)
-  least = 2.0 ** (-126 - fmt.min_step_exponent)
+  least = 2.0 ** scales_lib.least_exponent(fmt)
   scales = scales_lib.float32_scale(absmax, fmt.max, least)
-  values = rounding.to_grid(x / _expand(scales, x.shape, fmt), fmt, noise)
+  values = _to_codes(x, scales, fmt, noise)
   return QTensor(rounding.encode(values, fmt), scales, None, fmt)
+
+
+def _to_float32(x: jax.Array) -> jax.Array:
+  """Rounds to float32 without flushing what is subnormal there."""
+  if x.dtype != jnp.float64:
+    return x.astype(jnp.float32)
+  bits = jnp.round(jnp.minimum(jnp.abs(x), 2.0**-126) * 2.0**149)
+  small = jax.lax.bitcast_convert_type(bits.astype(jnp.int32), jnp.float32)
+  return jnp.where(
+    jnp.abs(x) < 2.0**-126,
+    jnp.where(x < 0, -small, small),
+    x.astype(jnp.float32),
+  )
+
+
+def _to_codes(
+  x: jax.Array, scales: jax.Array, fmt: Format, noise: jax.Array | None
+) -> jax.Array:
+  """x over the scales of its groups, rounded to the format's values."""
+  by = [_expand(a, x.shape, fmt) for a in rounding.divisor(scales)]
+  return rounding.to_grid(x, fmt, noise, rounding.Divisor(*by))
 
 
 def _quantize_mx(x: jax.Array, fmt: Format, noise: jax.Array | None) -> QTensor:
   # The grid's next value up from this would be 2^128.
   top = np.float32(2.0**127 * (2 - 2.0**-fmt.mantissa_bits))
-  x = jnp.where(jnp.isfinite(x), jnp.clip(x, -top, top), x)
+  over = (jnp.abs(x) > top) & jnp.isfinite(x)
+  x = jnp.where(over, jnp.sign(x) * top, x)
   absmax = _group_max(x, fmt)
   exponent = scales_lib.e8m0_exponent(absmax, fmt)
   scales = rounding.power_of_two(exponent)
@@ -193,11 +222,11 @@ def _quantize_mx(x: jax.Array, fmt: Format, noise: jax.Array | None) -> QTensor:
   # less, would be given half the scale next time, so it is given that now:
   # before rounding if it is certain to come out so, otherwise by writing the
   # same numbers with twice the codes.
-  movable = exponent > scales_lib.e8m0_least(fmt)
+  movable = exponent > scales_lib.least_exponent(fmt)
   if noise is None:
-    peak = rounding.to_grid(absmax / scales, fmt, None)
+    peak = rounding.to_grid(absmax, fmt, None, rounding.divisor(scales))
     scales = jnp.where(movable & (peak <= fmt.max / 2), scales / 2, scales)
-  values = rounding.to_grid(x / _expand(scales, x.shape, fmt), fmt, noise)
+  values = _to_codes(x, scales, fmt, noise)
   if noise is not None:
     halve = movable & (_group_max(values, fmt) <= fmt.max / 2)
     values = values * _expand(jnp.where(halve, 2.0, 1.0), x.shape, fmt)
@@ -214,10 +243,9 @@ def _quantize_nvfp4(
   whole = _max_magnitude(absmax, axes)
   matrix_scale = scales_lib.nvfp4_matrix_scale(whole, fmt)
   scales, free = scales_lib.nvfp4_scale(absmax, matrix_scale, fmt.max)
-  ratio = x / _expand(scales * matrix_scale, x.shape, fmt)
-  peak = _expand(jnp.where(free, absmax, jnp.inf), x.shape, fmt)
-  ratio = jnp.where(jnp.abs(x) >= peak, jnp.sign(x) * fmt.max, ratio)
-  values = rounding.to_grid(ratio, fmt, noise)
+  values = _to_codes(x, scales * matrix_scale, fmt, noise)
+  peak = _expand(jnp.where(free, absmax, jnp.nan), x.shape, fmt)
+  values = jnp.where(jnp.abs(x) >= peak, jnp.sign(x) * fmt.max, values)
   return QTensor(
     rounding.encode(values, fmt),
     scales.astype(jnp.float8_e4m3fn),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,14 +67,49 @@ def _step_exponent(magnitude: jax.Array, fmt: formats.Format) -> jax.Array:
 
 
 def power_of_two(exponent: jax.Array) -> jax.Array:
-  """2^exponent as float32, exactly; int32 in [-126, 127]."""
+  """2^exponent as float32, exactly, for int32 in [-126, 127]; 0 for -127."""
   return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
+class Divisor(NamedTuple):
+  """A scale as `rest` · 2^`exponent`: no factor's reciprocal is subnormal.
+
+  XLA divides by a broadcast array by multiplying with its reciprocal, which
+  every CPU and TPU flushes to zero for a scale above 2^126.
+
+  Attributes:
+    exponent: int32 in [-126, 126].
+    rest: float32 in [1, 4).
+    reciprocal: of `rest`, rounded.
+  """
+
+  exponent: Any
+  rest: Any
+  reciprocal: Any
+
+
+ONE = Divisor(np.int32(0), np.float32(1), np.float32(1))
+
+
+def divisor(scales: jax.Array) -> Divisor:
+  """Splits positive float32 scales that are not subnormal."""
+  field = jax.lax.bitcast_convert_type(scales, jnp.int32) >> 23
+  exponent = jnp.clip(field - 127, -126, 126)
+  rest = scales * power_of_two(-exponent)
+  return Divisor(exponent, rest, 1 / rest)
+
+
 def to_grid(
-  x: jax.Array, fmt: formats.Format, noise: jax.Array | None
+  x: jax.Array,
+  fmt: formats.Format,
+  noise: jax.Array | None,
+  by: Divisor = ONE,
 ) -> jax.Array:
-  """Rounds to values of the format's grid, clipping at its ends.
+  """Rounds x / scale to values of the format's grid, clipping at its ends.
+
+  To nearest, it is the nearest of the grid's values times the scale, exactly:
+  which side of the middle x is on is found without a division, from products
+  of few bits. Subnormal x count in full, also where arithmetic flushes them.
 
   Args:
     x: float32; NaN becomes the largest value.
@@ -81,25 +117,54 @@ def to_grid(
     noise: `uniform` of x's shape to round up with the probability that is
       the distance from the lower neighbour in steps; None for the nearest
       value, ties going to the even multiple of the step.
+    by: the scale, whose significand has at most 16 bits (20 if the grid's
+      have at most 4), in a shape that broadcasts to x's.
 
   Returns:
     float32 like x, without negative zeros.
   """
-  magnitude = jnp.abs(x)
-  magnitude = jnp.where(magnitude <= fmt.max, magnitude, fmt.max)
+  bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+  low = bits & np.int32(0x7FFFFFFF)
+  # A subnormal number is its bits, as an integer, times 2^-149.
+  subnormal = low < 1 << 23
+  magnitude = jnp.where(
+    subnormal,
+    low.astype(jnp.float32),
+    jax.lax.bitcast_convert_type(low, jnp.float32),
+  )
+  exponent = jnp.where(subnormal, -149 - by.exponent, -by.exponent)
+  # 2^-127 comes out as 0, which so small a share of a scale rounds to.
+  magnitude = magnitude * power_of_two(jnp.maximum(exponent, -127))
+  top = np.float32(fmt.max)
+  ratio = magnitude * by.reciprocal
+  number = ratio == ratio
+  ratio = jnp.where(ratio <= top, ratio, top)
+  magnitude = jnp.minimum(magnitude, top * by.rest)
   if fmt.is_integer:
-    rounded = _round(magnitude, noise)
+    rounded = _round(magnitude, by.rest, ratio, noise)
   else:
-    exponent = _step_exponent(magnitude, fmt) - fmt.mantissa_bits
-    multiple = _round(magnitude * power_of_two(-exponent), noise)
-    rounded = multiple * power_of_two(exponent)
-  return jnp.where((x < 0) & (rounded > 0), -rounded, rounded)
+    exponent = _step_exponent(ratio, fmt) - fmt.mantissa_bits
+    steps = power_of_two(-exponent)
+    rounded = _round(magnitude * steps, by.rest, ratio * steps, noise)
+    rounded = rounded * power_of_two(exponent)
+  # What is divided by NaN has no sign, so that it has none the next time.
+  negative = (bits < 0) & number & (rounded > 0)
+  return jnp.where(negative, -rounded, rounded)
 
 
-def _round(x: jax.Array, noise: jax.Array | None) -> jax.Array:
-  if noise is None:
-    return jax.lax.round(x, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
-  return jnp.floor(x + noise)
+def _round(x, scale, ratio, noise):
+  """x / scale, which is about `ratio`, to a whole number."""
+  if noise is not None:
+    return jnp.floor(ratio + noise)
+  below = jnp.floor(ratio)
+  # The sign of the difference is right, `below` or not where it is off by one:
+  # the product is exact.
+  above_middle = x - (below + 0.5) * scale
+  even = 2 * jax.lax.round(
+    0.5 * below + 0.25, jax.lax.RoundingMethod.TO_NEAREST_EVEN
+  )
+  nearest = jnp.where(above_middle == 0, even, below)
+  return jnp.where(above_middle > 0, below + 1, nearest)
 
 
 def encode(values: jax.Array, fmt: formats.Format) -> jax.Array:

@@ -47,7 +47,7 @@ def float32_scale(absmax: jax.Array, top: float, least: float) -> jax.Array:
 
 
 def e8m0_exponent(absmax: jax.Array, fmt: formats.Format) -> jax.Array:
-  """The least k, from `e8m0_least` up, with max·2^k >= absmax; int32.
+  """The least k, from `least_exponent` up, with max·2^k >= absmax; int32.
 
   127 where absmax is not finite, which takes max·2^k out of float32's range.
   """
@@ -56,13 +56,13 @@ def e8m0_exponent(absmax: jax.Array, fmt: formats.Format) -> jax.Array:
   # Adding one less than a whole exponent rounds up what exceeds the top's
   # mantissa.
   exponent = (bits - top + (1 << 23) - 1) >> 23
-  exponent = jnp.maximum(exponent, e8m0_least(fmt))
+  exponent = jnp.maximum(exponent, least_exponent(fmt))
   return jnp.where(jnp.isfinite(absmax), exponent, 127)
 
 
-def e8m0_least(fmt: formats.Format) -> int:
-  """The least exponent of a scale whose smallest product is still normal."""
-  return -126 - fmt.min_step_exponent
+def least_exponent(fmt: formats.Format) -> int:
+  """The least exponent of a scale that is normal, as are its products."""
+  return -126 - min(fmt.min_step_exponent, 0)
 
 
 def nvfp4_scale(
@@ -79,12 +79,13 @@ def nvfp4_scale(
   """
   ideal = absmax / (matrix_scale * top)
   scale = rounding.to_grid(ideal, _E4M3, None)
-  return jnp.maximum(scale, _NVFP4_MIN), scale >= _NVFP4_MIN
+  free = (scale >= _NVFP4_MIN) & jnp.isfinite(ideal)
+  return jnp.maximum(scale, _NVFP4_MIN), free
 
 
 def nvfp4_matrix_scale(absmax: jax.Array, fmt: formats.Format) -> jax.Array:
   """The float32 scale under which the largest block scale is 448."""
-  least = 2.0 ** (-126 - fmt.min_step_exponent - _E4M3.min_exponent)
+  least = 2.0 ** (least_exponent(fmt) - _E4M3.min_exponent)
   return float32_scale(absmax, fmt.max * _E4M3.max, least)
 
 

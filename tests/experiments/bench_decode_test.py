@@ -30,7 +30,7 @@ def flags(monkeypatch, tmp_path):
   monkeypatch.setattr(bench_decode.flags, "FLAGS", values)
   monkeypatch.setattr(bench_decode, "MIXERS", ("linear", "full"))
   monkeypatch.setattr(bench_decode, "CONFIG", TINY)
-  monkeypatch.setattr(bench_decode.host_memory, "keep_freed", lambda: None)
+  monkeypatch.setattr(bench_decode.host, "keep_freed_memory", lambda: None)
   return values
 
 

@@ -225,7 +225,7 @@ def flags(monkeypatch, tmp_path):
     record=str(tmp_path / "records" / "out.jsonl"),
   )
   monkeypatch.setattr(bench_linear.flags, "FLAGS", values)
-  monkeypatch.setattr(bench_linear.host_memory, "keep_freed", lambda: None)
+  monkeypatch.setattr(bench_linear.host, "keep_freed_memory", lambda: None)
   return values
 
 
@@ -309,7 +309,7 @@ def test_peer_gets_its_own_names(monkeypatch, tmp_path):
 
   ops = types.SimpleNamespace(linear_attention=linear_attention)
   monkeypatch.setitem(sys.modules, "jla", types.SimpleNamespace(ops=ops))
-  monkeypatch.setattr(worker.host_memory, "keep_freed", lambda: None)
+  monkeypatch.setattr(worker.host, "keep_freed_memory", lambda: None)
   arrays, cotangents = cases.make("gdn", TINY, "bfloat16")
   path = str(tmp_path / "problem.npz")
   dtypes = worker.save(path, arrays, cotangents)

@@ -71,6 +71,6 @@ def test_bad_flags(monkeypatch, field, value, words):
   )  # fmt: skip
   setattr(values, field, value)
   monkeypatch.setattr(bench_sparse.flags, "FLAGS", values)
-  monkeypatch.setattr(bench_sparse.host_memory, "keep_freed", lambda: None)
+  monkeypatch.setattr(bench_sparse.host, "keep_freed_memory", lambda: None)
   with pytest.raises(errors.UserError, match=words):
     bench_sparse.main()

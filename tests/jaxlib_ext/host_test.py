@@ -8,9 +8,9 @@ import pytest
 
 SCRIPT = """
 import resource, sys
-from experiments import host_memory
+from jaxlib_ext import host
 if sys.argv[1] == "keep":
-  assert host_memory.keep_freed()
+  assert host.keep_freed_memory()
 import jax, jax.numpy as jnp
 f = jax.jit(lambda x: jnp.exp(x[:, None] + x) @ jnp.stack([x] * 8, 1))
 x = jnp.ones(4096)

@@ -13,7 +13,7 @@ import ctypes
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
-def keep_freed() -> bool:
+def keep_freed_memory() -> bool:
   """Has glibc's malloc serve all requests from one heap that never shrinks.
 
   Effective for threads that have not allocated yet: call it first in a main.
