@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from jaxlib_ext import host
+
 SCRIPT = """
 import resource, sys
 from jaxlib_ext import host
@@ -41,3 +43,12 @@ def test_kept_memory_is_not_faulted_in_again():
   pages = 4096 * 4096 * 4 // 4096
   assert faults("default") > pages / 2
   assert faults("keep") < pages / 8
+
+
+@pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])
+def test_another_c_library_has_no_settings(error, monkeypatch):
+  def other(name):
+    raise error(name)
+
+  monkeypatch.setattr(host.ctypes, "CDLL", other)
+  assert host.keep_freed_memory() is False
