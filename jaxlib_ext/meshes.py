@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -75,6 +75,22 @@ def spec(x: Any) -> tuple[Any, ...]:
   kind = jax.typeof(x)
   entries = tuple(kind.sharding.spec) if explicit_mesh(x) else ()
   return entries + (None,) * (len(kind.shape) - len(entries))
+
+
+def partitions(xs: Sequence[jax.Array]) -> list[tuple[Any, ...] | None]:
+  """Returns for each array how it is divided, as far as types say it.
+
+  Args:
+    xs: arrays.
+
+  Returns:
+    Per array its `spec`; None for all where there is no explicit mesh, or one
+    that has automatic axes too.
+  """
+  mesh = explicit_mesh(xs)
+  if mesh is None or AxisType.Auto in mesh.axis_types:
+    return [None] * len(xs)
+  return [spec(x) for x in xs]
 
 
 def run_automatic(

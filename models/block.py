@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxlib_ext import meshes
 from models import config as config_lib
-from models import layers
+from models import ids, layers
 
 Config = config_lib.Config
 Rotation = tuple[jax.Array, jax.Array]
@@ -35,9 +35,14 @@ class Heads(NamedTuple):
 
 
 def embed(params: Any, tokens: jax.Array, cfg: Config) -> jax.Array:
-  """What the first layer reads, [B, T, D] in the compute dtype."""
+  """What the first layer reads, [B, T, D] in the compute dtype.
+
+  Raises:
+    ValueError: a token that is not in the vocabulary, where it is known.
+  """
+  ids.check("tokens", tokens, cfg.vocab_size)
   dtype = jnp.dtype(cfg.compute_dtype)
-  x = layers.weight(params["embed"], dtype)[tokens].astype(dtype)
+  x = ids.rows(layers.weight(params["embed"], dtype), tokens).astype(dtype)
   if cfg.embed_projection:
     x = layers.matmul(x, layers.weight(params["proj_in"], dtype))
   return x

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlib_ext import meshes, specs
 from kernels_pallas.sparse import tiling
-from models import dit_block, dit_config, dit_flow, layers
+from models import dit_block, dit_config, dit_flow, ids, layers
 
 Config = dit_config.Config
 Params = Any
@@ -289,6 +289,8 @@ def _check_inputs(x, labels, context, cfg):
     )
   if labels is not None and not cfg.num_classes:
     raise ValueError("labels: got some; allowed: None where num_classes is 0")
+  if labels is not None:
+    ids.check("labels", labels, cfg.num_classes + 1)
   if context is not None and not cfg.context:
     raise ValueError("context: got one; allowed: None where cfg.context is not")
   if context is not None and context.shape != x.shape:
@@ -327,7 +329,7 @@ def _condition(params, t, labels, cfg):
   if cfg.num_classes:
     if labels is None:
       labels = jnp.full(t.shape, cfg.num_classes)
-    y = y + params["label_embed"][labels].astype(dtype)
+    y = y + ids.rows(params["label_embed"], labels).astype(dtype)
   return jax.nn.silu(y)
 
 

@@ -176,7 +176,8 @@ def apply(
   Args:
     params: as `param_specs` describes; a leaf may be a `QTensor`, which is
       dequantized where it is used, one layer at a time.
-    tokens: int `[B, T]`.
+    tokens: int `[B, T]`, 0 to V - 1. The row of a traced one out of range is
+      NaN.
     cfg: the model.
     segment_ids: int `[B, T]`; a position attends only to its own segment.
       Linear mixers start afresh where the id changes, so a segment that is
@@ -191,6 +192,9 @@ def apply(
 
   Returns:
     An `Output`.
+
+  Raises:
+    ValueError: a token that is not in the vocabulary, where it is known.
   """
   x, *others = _trunk(
     params,
@@ -232,7 +236,8 @@ def loss(
   Args:
     params: as for `apply`.
     tokens: int `[B, T]`.
-    targets: int `[B, T]`, the token that follows each.
+    targets: int `[B, T]`, the token that follows each; -1 and -100 have no
+      part in the mean.
     cfg: the model.
     segment_ids: as for `apply`.
     weights: float `[B, T]`, the weight of each target in the mean; None is
@@ -242,7 +247,12 @@ def loss(
 
   Returns:
     The float32 loss to differentiate, and metrics: "nll" (the loss without
-    z-loss), "z_loss" (already weighted by `cfg.z_loss`).
+    z-loss), "z_loss" (already weighted by `cfg.z_loss`). All are NaN where a
+    traced token or target is not in the vocabulary.
+
+  Raises:
+    ValueError: a token or target that is not in the vocabulary, where its
+      value is known.
   """
   x, _, _, top = _trunk(
     params,

@@ -154,6 +154,35 @@ def split(x: jax.Array, axes: MatrixAxes) -> list[jax.Array]:
   ]
 
 
+def sides(
+  partition: Sequence[Any] | None, axes: MatrixAxes
+) -> tuple[Any, Any] | None:
+  """How the matrices of a leaf are divided over a mesh.
+
+  Args:
+    partition: the mesh axes of each of the leaf's dimensions, or None where
+      they are not known.
+    axes: an entry of `resolve`.
+
+  Returns:
+    Mesh axes of rows and of columns, or None where they are not known.
+  """
+  if partition is None:
+    return None
+
+  def side(merged, blocks):
+    if isinstance(blocks, int) and blocks > 1:
+      return ()  # The blocks themselves are what is divided.
+    entries = [partition[axis] or () for axis in merged]
+    names = [(x,) if isinstance(x, str) else tuple(x) for x in entries]
+    return sum(names, ())
+
+  return (
+    side(axes.inputs, axes.input_blocks),
+    side(axes.outputs, axes.output_blocks),
+  )
+
+
 def join(
   parts: Sequence[jax.Array], shape: Sequence[int], axes: MatrixAxes
 ) -> jax.Array:

@@ -15,7 +15,7 @@ import optax
 
 from jaxlib_ext import labels as labels_lib
 from jaxlib_ext import paths
-from optim import arguments, groups, numerics
+from optim import arguments, assembly, groups, numerics
 from optim.adaptive import moments
 
 # The warm-up after a reset begins at 1 minus this share of the update.
@@ -136,8 +136,7 @@ def scale_by_spam(
       nu=jax.tree.map(jnp.zeros_like, tree),
     )
 
-  def update(updates, state, params=None):
-    del params
+  def update(updates, state):
     since, resets = moments.since_reset(state.count, reset_every)
     fresh = since == 0
     keep = lambda x: jnp.where(fresh, 0, x)
@@ -188,7 +187,7 @@ def scale_by_spam(
       nu=treedef.unflatten(nu),
     )
 
-  return optax.GradientTransformation(init, update)
+  return assembly.direction(init, update)
 
 
 def _check(b1, b2, eps, threshold, reset_every, warmup, grace) -> None:

@@ -13,7 +13,7 @@ import optax
 
 from jaxlib_ext import labels as labels_lib
 from jaxlib_ext import trees
-from optim import arguments, groups, matrices, numerics
+from optim import arguments, assembly, groups, matrices, numerics
 from optim.adaptive import moments
 
 
@@ -149,8 +149,7 @@ def scale_by_stable_spam(
       nu=jax.tree.map(jnp.zeros_like, wide),
     )
 
-  def update(updates, state, params=None):
-    del params
+  def update(updates, state):
     since, _ = moments.since_reset(state.count, reset_every)
     keep = lambda x: jnp.where(since == 0, 0, x)
     scale = momentum_scale
@@ -197,7 +196,7 @@ def scale_by_stable_spam(
     new_state = StableSpamState(count, weights, *rest)
     return numerics.cast_like(out, updates), new_state
 
-  return optax.GradientTransformation(init, update)
+  return assembly.direction(init, update)
 
 
 def _nonzero(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import labels as labels_lib
-from optim import arguments, groups, matrices
+from optim import arguments, assembly, groups, matrices
 from optim.low_rank import moments, projection
 
 _GRANULARITIES = ("channel", "tensor")
@@ -120,8 +120,7 @@ def scale_by_apollo(
       norm=layout.pack(norms),
     )
 
-  def update(updates, state, params=None):
-    del params
+  def update(updates, state):
     layout = projection.Layout.of(updates, matrix_axes, "APOLLO")
     grads = layout.split(updates)
     mu, nu = layout.unpack(state.mu), layout.unpack(state.nu)
@@ -153,7 +152,7 @@ def scale_by_apollo(
     )
     return layout.join(out), new
 
-  return optax.GradientTransformation(init, update)
+  return assembly.direction(init, update)
 
 
 def apollo(

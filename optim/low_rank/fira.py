@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import labels as labels_lib
-from optim import arguments, groups, matrices
+from optim import arguments, assembly, groups, matrices
 from optim.low_rank import galore, moments, projection
 
 
@@ -90,8 +90,7 @@ def scale_by_fira(
     ]
     return FiraState(galore.init_state(layout, rank), layout.pack(norms))
 
-  def update(updates, state, params=None):
-    del params
+  def update(updates, state):
     layout = projection.Layout.of(updates, matrix_axes, "Fira")
     now = galore.step(
       updates,
@@ -118,7 +117,7 @@ def scale_by_fira(
       norms.append(after)
     return layout.join(out), FiraState(now.state, layout.pack(norms))
 
-  return optax.GradientTransformation(init, update)
+  return assembly.direction(init, update)
 
 
 def fira(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import labels as labels_lib
-from optim import arguments, groups, matrices
+from optim import arguments, assembly, groups, matrices
 from optim.low_rank import moments
 from optim.low_rank import projection as projection_lib
 
@@ -219,8 +219,7 @@ def scale_by_frugal(
       nu=layout.pack([jnp.zeros_like(x) for x in low]),
     )
 
-  def update(updates, state, params=None):
-    del params
+  def update(updates, state):
     layout = projection_lib.Layout.of(updates, matrix_axes, "FRUGAL")
     grads, old = layout.split(updates), layout.unpack(state.projector)
     age = state.count % update_interval
@@ -251,7 +250,7 @@ def scale_by_frugal(
     )
     return layout.join(out), new
 
-  return optax.GradientTransformation(init, update)
+  return assembly.direction(init, update)
 
 
 def frugal(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import labels as labels_lib
-from optim import arguments, groups, matrices
+from optim import arguments, assembly, groups, matrices
 from optim.low_rank import moments, projection
 
 
@@ -178,8 +178,7 @@ def scale_by_galore(
     layout = projection.Layout.of(params, matrix_axes, "GaLore")
     return init_state(layout, rank)
 
-  def update(updates, state, params=None):
-    del params
+  def update(updates, state):
     layout = projection.Layout.of(updates, matrix_axes, "GaLore")
     now = step(
       updates,
@@ -198,7 +197,7 @@ def scale_by_galore(
     ]
     return layout.join(out), now.state
 
-  return optax.GradientTransformation(init, update)
+  return assembly.direction(init, update)
 
 
 def galore(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import paths
-from optim import matrices, numerics
+from optim import assembly, matrices, numerics
 from optim.orthogonal import polar
 
 # XLA:CPU sums columns a few at a time, down all rows: where rows are long, each
@@ -128,8 +128,7 @@ def scale_by_column_norm(
       f"axis must be 0, 1, -1 or -2, an axis of a matrix, got {axis!r}"
     )
 
-  def update(updates, state, params=None):
-    del params
+  def update(updates, state):
     found, treedef = jax.tree_util.tree_flatten_with_path(updates)
     for path, g in found:
       if g.ndim == 0:
@@ -148,7 +147,7 @@ def scale_by_column_norm(
     ]
     return treedef.unflatten(out), state
 
-  return optax.GradientTransformation(optax.init_empty_state, update)
+  return assembly.direction(optax.init_empty_state, update)
 
 
 def scale_by_spectral_norm(
@@ -178,9 +177,9 @@ def scale_by_spectral_norm(
       `matrix_axes` that do not fit.
   """
 
-  def direction(parts):
+  def direction(parts, sides):
     factors = polar.newton_schulz_list(
-      parts, coefficients=coefficients, dtype=ns_dtype
+      parts, coefficients=coefficients, dtype=ns_dtype, partitions=sides
     )
     return [
       math.sqrt(max(x.shape[-2:])) * y.astype(x.dtype)
@@ -191,7 +190,7 @@ def scale_by_spectral_norm(
 
 
 def map_matrices(
-  direction: Callable[[list[jax.Array]], list[jax.Array]],
+  direction: Callable[[list[jax.Array], list[Any]], list[jax.Array]],
   matrix_axes: matrices.Spec,
   method: str,
 ) -> optax.GradientTransformation:
@@ -199,7 +198,8 @@ def map_matrices(
 
   Args:
     direction: maps a list of arrays [batch..., d_in, d_out], in at least
-      float32, to a list of arrays of the same shapes.
+      float32, and one of `matrices.sides` to a list of arrays of the same
+      shapes.
     matrix_axes: as for `scale_by_muon`.
     method: the optimizer's name, for messages.
 
@@ -211,22 +211,26 @@ def map_matrices(
     matrices.resolve(matrix_axes, params, method)
     return optax.EmptyState()
 
-  def update(updates, state, params=None):
-    del params
+  def update(updates, state, *, partitions):
     grads, treedef = jax.tree.flatten(updates)
     axes = matrices.resolve(matrix_axes, updates, method)
     parts = [
       matrices.split(g, a)
       for g, a in zip(numerics.widen(grads), axes, strict=True)
     ]
-    found = iter(direction([x for leaf in parts for x in leaf]))
+    sides = [
+      matrices.sides(partition, a)
+      for partition, a, leaf in zip(partitions, axes, parts, strict=True)
+      for _ in leaf
+    ]
+    found = iter(direction([x for leaf in parts for x in leaf], sides))
     out = [
       matrices.join([next(found) for _ in leaf], g.shape, a).astype(g.dtype)
       for g, leaf, a in zip(grads, parts, axes, strict=True)
     ]
     return treedef.unflatten(out), state
 
-  return optax.GradientTransformation(init, update)
+  return assembly.direction(init, update, takes_partitions=True)
 
 
 def axis_of_rows(rows: str) -> int:

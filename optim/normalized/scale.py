@@ -8,8 +8,10 @@ of the two axes.
 from __future__ import annotations
 
 import functools
+import logging
+import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -109,6 +111,10 @@ def column_normalized_sgd(
   Raises:
     ValueError: an unknown `normalization` or label in `momentum_on`; as
       `label_params`.
+
+  Warns:
+    UserWarning: on init, where nothing has momentum though there is an
+      embedding; without one, `logging` says so.
   """
   if normalization not in _NORMALIZATIONS:
     raise ValueError(
@@ -144,6 +150,30 @@ def column_normalized_sgd(
     "averaged": step(_scale_by_average(momentum)),
     "vector": vector,
   }
-  return optax.partition(
+  tx = optax.partition(
     {k: numerics.in_float32(tx) for k, tx in transforms.items()}, group
   )
+
+  def init(params):
+    if labels is None:
+      _check_momentum(params, momentum_on)
+    return tx.init(params)
+
+  return optax.GradientTransformationExtraArgs(init, tx.update)
+
+
+def _check_momentum(params: Any, momentum_on: Sequence[str]) -> None:
+  """Says so where nothing has the momentum that is asked for."""
+  kinds = set(jax.tree.leaves(labels_lib.resolve(None, params))) - {"vector"}
+  if not kinds or not momentum_on or not kinds.isdisjoint(momentum_on):
+    return
+  message = (
+    "column_normalized_sgd: no parameter is labelled "
+    f"{' or '.join(map(repr, momentum_on))}, so nothing has momentum. Give "
+    "labels=, or momentum_on=('embedding',) where the embedding is also the "
+    "head, or momentum_on=() for none; optim.describe_labels prints all labels."
+  )
+  if "embedding" in kinds:
+    warnings.warn(message, stacklevel=3)
+  else:  # Part of a model, or one that may well have no head.
+    logging.getLogger(__name__).warning(message)

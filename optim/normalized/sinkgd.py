@@ -52,7 +52,8 @@ def scale_by_sinkgd(
   def alternate(_, x):
     return norms.rms_normalize(norms.rms_normalize(x, along), -3 - along)
 
-  def direction(parts):
+  def direction(parts, sides):
+    del sides
     return [jax.lax.fori_loop(0, iterations, alternate, x) for x in parts]
 
   return norms.map_matrices(direction, matrix_axes, "SinkGD")

@@ -77,10 +77,10 @@ def scale_by_swan(
   def norm(x):
     return jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
 
-  def direction(parts):
+  def direction(parts, sides):
     normed = [normalize(x) for x in parts]
     factors = polar.newton_schulz_list(
-      normed, coefficients=coefficients, dtype=ns_dtype
+      normed, coefficients=coefficients, dtype=ns_dtype, partitions=sides
     )
     out = []
     for x, y in zip(normed, factors, strict=True):

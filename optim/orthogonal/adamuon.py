@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import labels as labels_lib
-from optim import arguments, groups, matrices, numerics
+from optim import arguments, assembly, groups, matrices, numerics
 from optim.orthogonal import momentum as momentum_lib
 from optim.orthogonal import polar
 
@@ -101,9 +101,14 @@ def scale_by_adamuon(
     average, count = orthogonalize.init(params)
     return AdamuonState(average, numerics.zeros_like(params), count)
 
-  def update(updates, state, params=None):
-    del params
-    step = orthogonalize(updates, state.momentum, state.count, before=jnp.sign)
+  def update(updates, state, *, partitions):
+    step = orthogonalize(
+      updates,
+      state.momentum,
+      state.count,
+      partitions=partitions,
+      before=jnp.sign,
+    )
     second, parts = [], []
     for v, factors, axes in zip(
       step.treedef.flatten_up_to(state.second_moment),
@@ -126,7 +131,7 @@ def scale_by_adamuon(
       step.momentum, step.treedef.unflatten(second), step.count
     )
 
-  return optax.GradientTransformation(init, update)
+  return assembly.direction(init, update, takes_partitions=True)
 
 
 def adamuon(

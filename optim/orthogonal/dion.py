@@ -11,7 +11,7 @@ import optax
 
 from jaxlib_ext import labels as labels_lib
 from jaxlib_ext import sequencing
-from optim import arguments, groups, matrices, numerics
+from optim import arguments, assembly, groups, matrices, numerics
 from optim.low_rank import projection
 from optim.orthogonal import momentum as momentum_lib
 
@@ -161,8 +161,7 @@ def scale_by_dion(
       numerics.zeros_like(params, momentum_dtype), layout.pack(bases)
     )
 
-  def update(updates, state, params=None):
-    del params
+  def update(updates, state):
     grads = numerics.widen(updates)
     layout = projection.Layout.of(grads, matrix_axes, "Dion")
     sums = [
@@ -187,7 +186,7 @@ def scale_by_dion(
       layout.pack(bases),
     )
 
-  return optax.GradientTransformation(init, update)
+  return assembly.direction(init, update)
 
 
 def dion(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import labels as labels_lib
-from optim import arguments, groups, matrices, numerics
+from optim import arguments, assembly, groups, matrices, numerics
 from optim.low_rank import projection
 from optim.orthogonal import momentum as momentum_lib
 from optim.orthogonal import polar
@@ -126,8 +126,7 @@ def scale_by_dion2(
     matrices.resolve(matrix_axes, params, "Dion2")
     return Dion2State(numerics.zeros_like(params, momentum_dtype))
 
-  def update(updates, state, params=None):
-    del params
+  def update(updates, state):
     grads = numerics.widen(updates)
     layout = projection.Layout.of(grads, matrix_axes, "Dion2")
     sums = [
@@ -149,7 +148,7 @@ def scale_by_dion2(
       numerics.cast_like(layout.join(moments), state.momentum)
     )
 
-  return optax.GradientTransformation(init, update)
+  return assembly.direction(init, update)
 
 
 def dion2(

@@ -116,6 +116,7 @@ class Orthogonalizer:
     momentum: Any,
     count: jax.Array,
     *,
+    partitions: Sequence[tuple[Any, ...] | None],
     before: Callable[[jax.Array], jax.Array] = lambda x: x,
   ) -> Orthogonalized:
     """Averages the gradients and orthogonalises every matrix.
@@ -124,6 +125,7 @@ class Orthogonalizer:
       updates: the gradients.
       momentum: the average so far.
       count: int32, the updates so far.
+      partitions: of the gradients' leaves, as `meshes.partitions` gives.
       before: elementwise, of what is to be orthogonalised.
 
     Returns:
@@ -144,6 +146,11 @@ class Orthogonalizer:
       polar.newton_schulz_list(
         [_equilibrate(x, over) for leaf in parts for x in leaf],
         back=[b for b, leaf in zip(back, parts, strict=True) for _ in leaf],
+        partitions=[
+          matrices.sides(partition, a)
+          for partition, a, leaf in zip(partitions, axes, parts, strict=True)
+          for _ in leaf
+        ],
         coefficients=self.coefficients,
         dtype=self.ns_dtype,
         form=self.ns_form,

@@ -12,7 +12,7 @@ import jax
 import optax
 
 from jaxlib_ext import labels as labels_lib
-from optim import groups, matrices
+from optim import assembly, groups, matrices
 from optim.orthogonal import momentum as momentum_lib
 from optim.orthogonal import polar
 
@@ -100,15 +100,14 @@ def scale_by_muon(
   def init(params):
     return MuonState(*orthogonalize.init(params))
 
-  def update(updates, state, params=None):
-    del params
-    step = orthogonalize(updates, *state)
+  def update(updates, state, *, partitions):
+    step = orthogonalize(updates, *state, partitions=partitions)
     parts = [
       [orthogonalize.scale(x) * x for x in leaf] for leaf in step.factors
     ]
     return step.updates(parts), MuonState(step.momentum, step.count)
 
-  return optax.GradientTransformation(init, update)
+  return assembly.direction(init, update, takes_partitions=True)
 
 
 def muon(

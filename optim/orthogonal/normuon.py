@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import labels as labels_lib
-from optim import arguments, groups, matrices, numerics
+from optim import arguments, assembly, groups, matrices, numerics
 from optim.orthogonal import momentum as momentum_lib
 from optim.orthogonal import polar
 
@@ -135,9 +135,10 @@ def scale_by_normuon(
       parts.append(orthogonalize.scale(x) * y)
     return matrices.join(moments, shape, axes).astype(v.dtype), parts
 
-  def update(updates, state, params=None):
-    del params
-    step = orthogonalize(updates, state.momentum, state.count)
+  def update(updates, state, *, partitions):
+    step = orthogonalize(
+      updates, state.momentum, state.count, partitions=partitions
+    )
     second, parts = [], []
     for v, factors, axes, g in zip(
       step.treedef.flatten_up_to(state.second_moment),
@@ -153,7 +154,7 @@ def scale_by_normuon(
       step.momentum, step.treedef.unflatten(second), step.count
     )
 
-  return optax.GradientTransformation(init, update)
+  return assembly.direction(init, update, takes_partitions=True)
 
 
 def normuon(

@@ -38,6 +38,11 @@ def take(
   return which, out
 
 
+# Mesh axes, as an entry of a `PartitionSpec`, of a matrix's rows and columns;
+# None where they are not known.
+Partition = tuple[Any, Any] | None
+
+
 class _Sides(NamedTuple):
   """Mesh axes by what they do to a parameter's matrices.
 
@@ -55,8 +60,7 @@ class _Sides(NamedTuple):
 def mesh_of(xs: Sequence[jax.Array]) -> AbstractMesh | None:
   """The mesh in context (`jax.set_mesh`), or the one that arrays live on.
 
-  Under `jax.jit` an argument's mesh is part of its type; its partition is
-  too where the mesh's axes are explicit, but not where they are automatic.
+  Under `jax.jit` an argument's mesh is part of its type.
 
   Args:
     xs: arrays or tracers.
@@ -87,12 +91,15 @@ def common_side(shapes: Sequence[tuple[int, ...]]) -> int:
 
 
 def _sides(
-  mesh: AbstractMesh, xs: Sequence[jax.Array], width: int | None
+  mesh: AbstractMesh,
+  xs: Sequence[jax.Array],
+  partitions: Sequence[Partition],
+  width: int | None,
 ) -> _Sides:
   """How most of the arrays' numbers are divided.
 
-  Where the mesh's axes are explicit, types say it. Over automatic axes
-  partitions are not known while tracing, and this is a guess, as in the
+  Where the mesh's axes are explicit, types say it, and `partitions` hold it.
+  Over automatic axes it is not known while tracing, and guessed, as in the
   default `sharding.Rules`: parameters are repeated over the axes that divide
   the batch only (data); of the others the last (tensor) divides the side that
   is not the model's width and those before it (fsdp) the width, or a single
@@ -101,7 +108,7 @@ def _sides(
   one more exchange.
   """
   names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
-  if AxisType.Auto in mesh.axis_types:
+  if None in partitions:
     rules = sharding.Rules()
     dividing = [
       name for name in names if name == rules.embed or name not in rules.batch
@@ -113,8 +120,7 @@ def _sides(
       rows, columns = columns, rows
   else:
     votes = collections.Counter()
-    for x in xs:
-      sides = jax.typeof(x).sharding.spec[-2:]
+    for x, sides in zip(xs, partitions, strict=True):
       votes[tuple(_names(side) for side in sides)] += x.size
     rows, columns = votes.most_common(1)[0][0]
   repeated = tuple(name for name in names if name not in rows + columns)
@@ -156,6 +162,7 @@ def spread(
   strips: Sequence[int],
   mesh: AbstractMesh,
   *args: jax.Array,
+  partitions: Sequence[Sequence[Partition]],
   width: int | None = None,
   **static: Any,
 ) -> list[list[jax.Array]]:
@@ -174,6 +181,7 @@ def spread(
       strips together are no more than the devices.
     mesh: from `mesh_of`.
     *args: further arrays that `fn` takes after the matrices.
+    partitions: for each array, how its matrices are divided.
     width: the side that the model's width is; None is m.
     **static: hashable keyword arguments of `fn`.
 
@@ -185,12 +193,14 @@ def spread(
     fn=fn,
     strips=tuple(strips),
     mesh=mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names)),
-    sides=_sides(mesh, [x for xs in groups for x in xs], width),
+    sides=_sides(
+      mesh,
+      [x for xs in groups for x in xs],
+      [p for ps in partitions for p in ps],
+      width,
+    ),
     static=tuple(sorted(static.items())),
   )
-  if AxisType.Explicit in mesh.axis_types:
-    kept = jax.tree.map(lambda x: jax.typeof(x).sharding, list(groups))
-    run = jax.sharding.auto_axes(run, out_sharding=kept)
   return run([list(xs) for xs in groups], args)
 
 

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from jaxlib_ext import meshes
 from optim import numerics
 from optim.orthogonal import division, gram, placement, schedules, strips
 
@@ -131,6 +133,7 @@ class _Stack(NamedTuple):
   """Matrices of one shape: arrays [b_i, m, n], and what to do with them."""
 
   parts: list[jax.Array]
+  partitions: list[placement.Partition]
   table: jax.Array
   products: _Products
 
@@ -140,8 +143,9 @@ def _iterate_stacks(
 ) -> list[list[jax.Array]]:
   """`_iterate` of each stack's parts as one, over the mesh."""
   together: dict[Any, list[int]] = {}
-  for i, (parts, _, products) in enumerate(stacks):
-    key = (parts[0].shape[1], parts[0].dtype, products)
+  for i, stack in enumerate(stacks):
+    first = stack.parts[0]
+    key = (first.shape[1], first.dtype, stack.products)
     together.setdefault(key, []).append(i)
   pieces: list[Any] = [[[] for _ in stack.parts] for stack in stacks]
   for (m, dtype, products), members in together.items():
@@ -172,6 +176,10 @@ def _iterate_stacks(
         [x.strips for x in batch],
         mesh,
         table,
+        partitions=[
+          [stacks[members[x.group]].partitions[i] for i in which]
+          for x, (which, _) in zip(batch, taken, strict=True)
+        ],
         width=width,
         **how,
       )
@@ -185,7 +193,7 @@ def _iterate_stacks(
 
 
 def _iterate_here(stack: _Stack) -> list[jax.Array]:
-  parts, table, products = stack
+  parts, _, table, products = stack
   if len(parts) == 1:
     return [_iterate_chunks(parts[0], table, products=products)]
   ys = _iterate_chunks(jnp.concatenate(parts), table, products=products)
@@ -194,6 +202,15 @@ def _iterate_here(stack: _Stack) -> list[jax.Array]:
 
 def _swap(x: jax.Array, swapped: bool) -> jax.Array:
   return jnp.swapaxes(x, -1, -2) if swapped else x
+
+
+def _turn(
+  partition: tuple[Any, ...] | None, swapped: bool
+) -> placement.Partition:
+  if partition is None:
+    return None
+  rows, columns = partition[-2:]
+  return (columns, rows) if swapped else (rows, columns)
 
 
 def newton_schulz_list(
@@ -205,6 +222,7 @@ def newton_schulz_list(
   precision: Any = None,
   form: str | None = None,
   back: Sequence[bool] | None = None,
+  partitions: Sequence[placement.Partition] | None = None,
 ) -> list[jax.Array]:
   """`newton_schulz` of several arrays at once.
 
@@ -221,6 +239,9 @@ def newton_schulz_list(
     back: for each array, whether its rows are divided over a mesh as other
       arrays' columns are, if it is square (`labels.leads_back`); None is none.
       A wrong guess costs an exchange.
+    partitions: for each array, the mesh axes that divide its dimensions, at
+      least the last two, or None where that is not known; in place of what
+      the arrays' types say.
 
   Returns:
     One array per input and of its shape, in the dtype of the computation.
@@ -233,19 +254,42 @@ def newton_schulz_list(
     raise ValueError(f"dtype must be a floating type, got {dtype}")
   if form not in (None, *FORMS):
     raise ValueError(f"form must be None or one of {FORMS}, got {form!r}")
-  exact = isinstance(coefficients, str) and coefficients == "exact"
-  if exact:
-    precision = jax.lax.Precision.HIGHEST
-  groups: dict[Any, list[int]] = {}
-  for i, x in enumerate(xs):
+  for x in xs:
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
       raise ValueError(
         "x must be a real floating array of two or more dimensions, got "
         f"{x.dtype}{list(x.shape)}"
       )
+  run = functools.partial(
+    _in_stacks,
+    coefficients=coefficients,
+    steps=steps,
+    dtype=dtype,
+    precision=precision,
+    form=form,
+    back=back,
+    partitions=partitions or meshes.partitions(xs),
+  )
+  kept = [PartitionSpec(*meshes.spec(x)) for x in xs]
+  return meshes.run_automatic(run, list(xs), out_specs=kept)
+
+
+def _in_stacks(
+  xs, *, coefficients, steps, dtype, precision, form, back, partitions
+) -> list[jax.Array]:
+  """`newton_schulz_list` of checked arguments, over automatic axes."""
+  exact = isinstance(coefficients, str) and coefficients == "exact"
+  if exact:
+    precision = jax.lax.Precision.HIGHEST
+  groups: dict[Any, list[int]] = {}
+  out: list[Any] = [None] * len(xs)
+  for i, x in enumerate(xs):
     wide = jnp.promote_types(x.dtype, jnp.float32)
     compute = jnp.promote_types(wide, dtype) if exact else dtype
-    groups.setdefault((*sorted(x.shape[-2:]), compute), []).append(i)
+    if 0 in x.shape:
+      out[i] = x.astype(compute)
+    else:
+      groups.setdefault((*sorted(x.shape[-2:]), compute), []).append(i)
 
   mesh = placement.mesh_of(xs)
   back = [False] * len(xs) if back is None or mesh is None else back
@@ -263,12 +307,12 @@ def newton_schulz_list(
     stacks.append(
       _Stack(
         [part.reshape(-1, m, n) for part in parts],
+        [_turn(partitions[i], swapped[i]) for i in members],
         jnp.asarray(table, accumulator),
         _products((m, n), table, coefficients, compute, precision, form),
       )
     )
     sources.append((members, parts))
-  out: list[Any] = [None] * len(xs)
   if mesh is None:
     results = [_iterate_here(stack) for stack in stacks]
   else:

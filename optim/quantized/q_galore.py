@@ -18,7 +18,7 @@ import optax
 from jaxlib_ext import labels as labels_lib
 from jaxlib_ext import quantization
 from jaxlib_ext.quantization import rounding
-from optim import apply, arguments, groups, matrices
+from optim import apply, arguments, assembly, groups, matrices
 from optim.low_rank import moments, projection
 
 _QUEUE = 5
@@ -271,8 +271,7 @@ def scale_by_q_galore(
       agreement=full(-1, jnp.float32, _QUEUE, 1),
     )
 
-  def update(updates, state, params=None):
-    del params
+  def update(updates, state):
     layout = projection.Layout.of(updates, matrix_axes, "Q-GaLore")
     count = optax.safe_increment(state.count)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
@@ -312,7 +311,7 @@ def scale_by_q_galore(
       *map(layout.pack, schedule),
     )
 
-  return optax.GradientTransformation(init, update)
+  return assembly.direction(init, update)
 
 
 def _on_quantized(

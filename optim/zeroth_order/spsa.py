@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optim import arguments, numerics
+from jaxlib_ext import meshes
+from optim import arguments, assembly, numerics
 
 
 class SpsaState(NamedTuple):
@@ -43,14 +44,20 @@ def _map_normals(f: Callable[..., jax.Array], key: jax.Array, tree: Any) -> Any:
   """f(leaf, z) of each leaf, z standard normal in at least float32.
 
   One leaf after another, lest all directions are drawn before the first is
-  used.
+  used. Leaves without entries do not count.
   """
   leaves, treedef = jax.tree.flatten(tree)
-  keys = jax.random.split(key, max(len(leaves), 1))
+  count = sum(not assembly.is_empty(x) for x in leaves)
+  keys = iter(jax.random.split(key, max(count, 1)))
   out = []
-  for i, x in enumerate(leaves):
+  for x in leaves:
     dtype = numerics.at_least_float32(x.dtype)
-    out.append(f(x, jax.random.normal(keys[i], x.shape, dtype)))
+    if assembly.is_empty(x):
+      out.append(f(x, x.astype(dtype)))
+    else:
+      where = jax.typeof(x).sharding if meshes.explicit_mesh(x) else None
+      z = jax.random.normal(next(keys), x.shape, dtype, out_sharding=where)
+      out.append(f(x, z))
   return treedef.unflatten(out)
 
 

@@ -1,0 +1,155 @@
+"""What every optimizer must do with types: meshes, sizes and dtypes.
+
+optax's rule (`optax/_src/sharding_test.py`): under a mesh with explicit axes,
+and for any dtypes, the state's types are the same after an update, and equal
+within `jax.jit` and outside.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxlib_ext import labels
+from tests import quick
+from tests.optim import suite_test as suite
+from tests.optim.rows import ROWS
+
+# Which mesh axes divide layers, rows and columns. Two layers and x of size 2:
+# y = 3 divides nothing here, so that all of it is replicated.
+LAYOUTS = {
+  "rows": (None, "x", None),
+  "columns": (None, None, "x"),
+  "both": (None, "y", "x"),
+  "layers": ("x", None, "y"),
+  "rows_twice": (None, ("x", "y"), None),
+}
+QUICK = ("muon", "galore", "apollo", "frugal", "dion2", "spam_sparse", "qzo")
+CASES = {
+  f"{name}-{layout}": (row, LAYOUTS[layout])
+  for name, row in ROWS.items()
+  for layout in LAYOUTS
+}
+layouts = pytest.mark.parametrize(
+  ("row", "layout"), quick.cases(CASES, [f"{name}-both" for name in QUICK])
+)
+rows = pytest.mark.parametrize("row", quick.cases(ROWS, QUICK))
+
+
+def tree():
+  """A stack, a matrix that no axis divides, an embedding and a vector."""
+  return {
+    "layers": {"up": suite.normal(1, 2, 8, 16), "bias": suite.normal(2, 2, 8)},
+    "odd": suite.normal(3, 5, 3),
+    "embed": {"table": suite.normal(4, 16, 8)},
+    "gain": suite.normal(5, 8),
+  }
+
+
+def make_mesh(kinds=(AxisType.Explicit,) * 2):
+  return jax.make_mesh((2, 4), ("x", "y"), axis_types=kinds)
+
+
+def put(params, mesh, layout):
+  """Divides leaves as far as their sizes allow."""
+
+  def one(x):
+    entries = [None] * x.ndim if x.ndim < 2 else list(layout[-x.ndim :])
+    for i, (size, entry) in enumerate(zip(x.shape, entries, strict=True)):
+      names = (entry,) if isinstance(entry, str) else entry or ()
+      if size % np.prod([mesh.shape[name] for name in names], dtype=int):
+        entries[i] = None
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*entries)))
+
+  return jax.tree.map(one, params)
+
+
+def types(tree):
+  return jax.tree.map(jax.typeof, tree)
+
+
+def param_types(params):
+  """One type per parameter: of a quantized one that of its codes."""
+  return jax.tree.map(
+    lambda x: jax.typeof(getattr(x, "codes", x)),
+    params,
+    is_leaf=labels.is_param,
+  )
+
+
+def run(tx, row, params, grads):
+  """Two updates in a loop, whose carry must keep its types."""
+
+  def step(carry, grads):
+    params, state = carry
+    updates, state = suite.update_of(tx, row)(grads, state, params)
+    assert param_types(updates) == param_types(params)
+    return (row.apply(params, updates), state), None
+
+  return jax.lax.scan(step, (params, tx.init(params)), grads)[0]
+
+
+def two_gradients(params):
+  one = suite.gradients(params)
+  return jax.tree.map(lambda x: jnp.stack([x, -0.5 * x]), one)
+
+
+def divided_run(tx, row, mesh, layout):
+  params = put(tree(), mesh, layout)
+  grads = jax.tree.map(
+    lambda g, p: jax.device_put(
+      g, NamedSharding(mesh, PartitionSpec(None, *p.sharding.spec))
+    ),
+    two_gradients(tree()),
+    params,
+  )
+  with jax.set_mesh(mesh):
+    params = jax.jit(row.prepare)(params)
+    got, state = jax.jit(functools.partial(run, tx, row))(params, grads)
+    assert types(got) == types(params)
+    assert types(state) == types(jax.jit(tx.init)(params))
+  return got, state
+
+
+@functools.cache
+def undivided(row):
+  tx = row.factory(row.rate)
+  params = row.prepare(tree())
+  return jax.jit(functools.partial(run, tx, row))(params, two_gradients(tree()))
+
+
+@layouts
+def test_explicit_mesh(row, layout):
+  got, state = divided_run(row.factory(row.rate), row, make_mesh(), layout)
+  want, want_state = undivided(row)
+  assert jax.tree.structure(state) == jax.tree.structure(want_state)
+  suite.close(row.view(got), row.view(want), row)
+
+
+@rows
+@pytest.mark.parametrize("explicit", [0, 1])
+def test_mesh_of_explicit_and_automatic_axes(row, explicit):
+  kinds = [AxisType.Auto] * 2
+  kinds[explicit] = AxisType.Explicit
+  mesh = make_mesh(tuple(kinds))
+  got, _ = divided_run(row.factory(row.rate), row, mesh, LAYOUTS["both"])
+  suite.close(row.view(got), row.view(undivided(row)[0]), row)
+
+
+@rows
+def test_types_outside_jit(row):
+  mesh = make_mesh()
+  tx = row.factory(row.rate)
+  with jax.set_mesh(mesh):
+    params = row.prepare(put(tree(), mesh, LAYOUTS["both"]))
+    state = tx.init(params)
+    grads = put(suite.gradients(tree()), mesh, LAYOUTS["both"])
+    updates, after = suite.update_of(tx, row)(grads, state, params)
+    assert types(state) == types(jax.jit(tx.init)(params))
+    assert types(after) == types(state)
+    assert param_types(updates) == param_types(params)
