@@ -13,6 +13,7 @@ from optim.adaptive.stable_spam import (
 from optim.adaptive.stable_spam import stable_spam as stable_spam
 from optim.apply import apply_updates as apply_updates
 from optim.describe import describe_labels as describe_labels
+from optim.flax_axes import flax_matrix_axes as flax_matrix_axes
 from optim.groups import add_cautious_decay as add_cautious_decay
 from optim.low_rank.apollo import ApolloState as ApolloState
 from optim.low_rank.apollo import apollo as apollo
