@@ -106,7 +106,8 @@ def spread_leaves(
     if missing or at_param:
       first = "/".join((*path, *missing[:1]))
       raise ValueError(
-        f"{unfit}: nothing stands for {first!r}, got {_in_words(named, entries)}"
+        f"{unfit}: nothing stands for {first!r}, got "
+        f"{_in_words(named, entries)}"
       )
     extra = [child for child in named if child not in children]
     if extra:

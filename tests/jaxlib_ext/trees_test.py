@@ -94,7 +94,7 @@ def test_a_dict_speaks_of_an_nnx_state():
     ({"dense": "matrix"}, "nothing stands for 'a_log'"),
     (
       {"a_log": "vector", "dense": "matrix", "c": {"d": "head"}},
-      "'c/d' is none of them",
+      "'c' is none of them",
     ),
   ],
 )
