@@ -1,6 +1,6 @@
 """The matrices of parameters, as optimizers cut them out of leaves.
 
-Everything is `jaxlib_ext.matrices`, which quantized arrays use too.
+Everything is that of `jaxlib_ext.matrices`.
 """
 
 from jaxlib_ext.matrices import MatrixAxes as MatrixAxes

@@ -1,0 +1,141 @@
+"""`optim.flax_matrix_axes` on flax's own modules, linen and nnx."""
+
+from __future__ import annotations
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import optim
+
+X = jnp.ones((1, 3, 6))
+AXES = optim.MatrixAxes
+SPLIT, MERGED = AXES(-3, (-2, -1)), AXES((-3, -2), -1)
+
+
+class Block(nn.Module):
+  @nn.compact
+  def __call__(self, x, _=None):
+    x = nn.MultiHeadDotProductAttention(num_heads=2)(x)
+    y = nn.DenseGeneral((2, 3))(x)
+    x = x + nn.DenseGeneral(6, axis=(-2, -1), name="back")(y)
+    return x + nn.Conv(6, (3,))(x), None
+
+
+class Stack(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    scan = nn.scan(
+      Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+    )
+    return scan()(x, None)
+
+
+class Net(nnx.Module):
+  def __init__(self):
+    rngs = nnx.Rngs(0)
+    self.attn = nnx.MultiHeadAttention(
+      num_heads=2, in_features=6, decode=False, rngs=rngs
+    )
+    self.wide = nnx.LinearGeneral(6, (2, 3), rngs=rngs)
+    self.back = nnx.LinearGeneral((2, 3), 6, axis=(-2, -1), rngs=rngs)
+    self.conv = nnx.Conv(6, 6, (3,), rngs=rngs)
+
+
+def linen(module):
+  return jax.eval_shape(module.init, jax.random.key(0), X)
+
+
+def found(params):
+  """Axes by name, of the kernels that have any."""
+  is_axes = lambda x: isinstance(x, AXES)
+  flat = jax.tree_util.tree_leaves_with_path(
+    optim.flax_matrix_axes(params), is_leaf=is_axes
+  )
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+  return {
+    name(path).removesuffix("/value").removesuffix("/kernel"): axes
+    for path, axes in flat
+  }
+
+
+@pytest.mark.parametrize("module", [Block(), Stack()], ids=["one", "scan"])
+@pytest.mark.parametrize("wrap", [dict, flax.core.freeze])
+def test_linen(module, wrap):
+  got = found(wrap(linen(module)))
+  got = {name.split("/")[-1]: axes for name, axes in got.items()}
+  want = dict.fromkeys(("query", "key", "value", "DenseGeneral_0"), SPLIT)
+  assert got == want | dict.fromkeys(("out", "back", "Conv_0"), MERGED)
+
+
+def test_nnx():
+  got = found(nnx.state(Net(), nnx.Param))
+  want = dict.fromkeys(("attn/query", "attn/key", "attn/value", "wide"), SPLIT)
+  assert got == want | dict.fromkeys(("attn/out", "back", "conv"), MERGED)
+
+
+def test_plain_stacks_have_the_last_two():
+  tree = {"layers": {"query": {"kernel": jnp.ones((2, 4, 6))}}}
+  assert found(tree) == {}
+
+
+@pytest.mark.parametrize("given", ["function", "tree"])
+def test_muon_orthogonalises_the_merged_matrices(given):
+  params = nnx.state(Net(), nnx.Param)["attn"]
+  spec = optim.flax_matrix_axes
+  tx = optim.muon(
+    1.0,
+    coefficients="exact",
+    shape_scale=None,
+    matrix_axes=spec if given == "function" else spec(params),
+  )
+  updates, _ = tx.update(params, tx.init(params), params)
+  for name, shape in (("query", (6, 6)), ("out", (6, 6))):
+    u = np.asarray(updates[name]["kernel"][...]).reshape(shape)
+    np.testing.assert_allclose(
+      np.linalg.svd(u, compute_uv=False), 1, atol=2.0**-20
+    )
+
+
+def test_entries_built_in_other_ways():
+  params = nnx.state(Net(), nnx.Param)["attn"]
+  axes = {
+    name: MERGED if name == "out" else (0, (1, 2)) for name in sorted(params)
+  }
+  paths = [path for path, _ in nnx.to_flat_state(params)]
+  specs = (
+    axes,
+    {path: axes[path[0]] for path in paths},
+    {"/".join(path): axes[path[0]] for path in paths},
+    nnx.State({name: {"kernel": a, "bias": None} for name, a in axes.items()}),
+    optim.flax_matrix_axes(params),
+  )
+  out = []
+  for spec in specs:
+    tx = optim.muon(1.0, matrix_axes=spec)
+    out.append(tx.update(params, tx.init(params), params)[0])
+  for other in out[1:]:
+    jax.tree.map(np.testing.assert_array_equal, out[0], other)
+
+
+@pytest.mark.parametrize(
+  ("spec", "message"),
+  [
+    ({"query": None}, "nothing stands for 'key'"),
+    (5, "nothing stands for 'key', got 5"),
+    ((0, 7), "matrix_axes of 'key/kernel' must be"),
+    (
+      {"key": None, "out": None, "query": None, "value": None, "x": None},
+      "'x' is none of them",
+    ),
+  ],
+)
+def test_what_does_not_fit_is_named_in_short(spec, message):
+  params = nnx.state(Net(), nnx.Param)["attn"]
+  with pytest.raises(ValueError, match=message) as error:
+    optim.muon(1.0, matrix_axes=spec).init(params)
+  assert len(str(error.value)) < 300
