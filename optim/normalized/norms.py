@@ -103,7 +103,7 @@ def rms_normalize(
 
 
 def scale_by_column_norm(
-  *, axis: int = 0, eps: float = 1e-8
+  *, axis: int = 0, eps: float = 1e-8, matrix_axes: matrices.Spec = None
 ) -> optax.GradientTransformation:
   """Divides each column of each matrix by max(its root mean square, eps).
 
@@ -116,17 +116,33 @@ def scale_by_column_norm(
       rows. Leading dimensions (scan-stacked layers, experts) are a batch. A
       vector is one column: the mean is over all of it.
     eps: the smallest divisor. A column of zeros stays zero.
+    matrix_axes: as for `scale_by_muon`, of the leaves of two and more
+      dimensions: the mean is then over all axes of a side.
 
   Returns:
     A transformation without state; updates have the gradients' dtypes.
 
   Raises:
-    ValueError: an `axis` outside a matrix; on update, a leaf that is a scalar.
+    ValueError: an `axis` outside a matrix; on init or update, `matrix_axes`
+      that do not fit; on update, a leaf that is a scalar.
   """
   if axis not in (0, 1, -1, -2):
     raise ValueError(
       f"axis must be 0, 1, -1 or -2, an axis of a matrix, got {axis!r}"
     )
+
+  def resolve(tree):
+    """Axes per leaf; none of a vector, which is one column."""
+    is_matrix = lambda x: len(x.shape) >= 2
+    masked = jax.tree.map(
+      lambda x: x if is_matrix(x) else optax.MaskedNode(), tree
+    )
+    axes = iter(matrices.resolve(matrix_axes, masked, "column normalisation"))
+    return [next(axes) if is_matrix(x) else None for x in jax.tree.leaves(tree)]
+
+  def init(params):
+    resolve(params)
+    return optax.EmptyState()
 
   def update(updates, state):
     found, treedef = jax.tree_util.tree_flatten_with_path(updates)
@@ -136,18 +152,26 @@ def scale_by_column_norm(
           f"a scalar has no columns: give the leaf {paths.leaf_name(path)!r} "
           "another label"
         )
-    grads = [g for _, g in found]
-    wide = numerics.widen(grads)
-    overs = [-1 if g.ndim == 1 else axis % 2 - 2 for g in grads]
-    out = [
-      ((x * first) * second).astype(g.dtype)
-      for x, g, (first, second) in zip(
-        wide, grads, _rms_factors(wide, overs, eps), strict=True
-      )
+    grads, axes = [g for _, g in found], resolve(updates)
+    parts = [
+      [g] if a is None else matrices.split(g, a)
+      for g, a in zip(numerics.widen(grads), axes, strict=True)
     ]
+    flat = [x for leaf in parts for x in leaf]
+    overs = [-1 if x.ndim == 1 else axis % 2 - 2 for x in flat]
+    factors = _rms_factors(flat, overs, eps)
+    scaled = iter(
+      (x * first) * second
+      for x, (first, second) in zip(flat, factors, strict=True)
+    )
+    out = []
+    for g, leaf, a in zip(grads, parts, axes, strict=True):
+      new = [next(scaled) for _ in leaf]
+      whole = new[0] if a is None else matrices.join(new, g.shape, a)
+      out.append(whole.astype(g.dtype))
     return treedef.unflatten(out), state
 
-  return assembly.direction(optax.init_empty_state, update)
+  return assembly.direction(init, update)
 
 
 def scale_by_spectral_norm(

@@ -17,7 +17,7 @@ import jax
 import optax
 
 from jaxlib_ext import labels as labels_lib
-from optim import numerics
+from optim import matrices, numerics
 from optim.normalized import norms
 
 _NORMALIZATIONS = {
@@ -70,6 +70,7 @@ def column_normalized_sgd(
   vector_eps: float = 1e-8,
   normalization: str = "columns",
   momentum_on: Sequence[str] = ("head",),
+  matrix_axes: matrices.Spec = None,
   labels: labels_lib.Labels = None,
 ) -> optax.GradientTransformationExtraArgs:
   """SCALE (arXiv 2506.16659): SGD with normalised columns.
@@ -101,6 +102,7 @@ def column_normalized_sgd(
     momentum_on: which of "matrix", "embedding" and "head" have momentum, and
       so a state as large as themselves: `()`, `("head",)`,
       `("embedding", "head")` and all three are the paper's.
+    matrix_axes: as for `scale_by_column_norm`; "sign" has no use for it.
     labels: a pytree of labels or a function of the parameters giving one;
       default `label_params`. `optax.inject_hyperparams` takes functions for
       schedules: give it `static_args=("labels",)`.
@@ -109,8 +111,8 @@ def column_normalized_sgd(
     The transformation; updates are to be added to the parameters.
 
   Raises:
-    ValueError: an unknown `normalization` or label in `momentum_on`; as
-      `label_params`.
+    ValueError: an unknown `normalization` or label in `momentum_on`;
+      `matrix_axes` with "sign"; as `label_params`.
 
   Warns:
     UserWarning: on init, where nothing has momentum though there is an
@@ -127,6 +129,12 @@ def column_normalized_sgd(
       f"{momentum_on!r}"
     )
 
+  normalize = _NORMALIZATIONS[normalization]
+  if normalization != "sign":
+    normalize = functools.partial(normalize, matrix_axes=matrix_axes)
+  elif matrix_axes is not None:
+    raise ValueError('matrix_axes has no effect with normalization="sign"')
+
   def group(params):
     kinds = {label: "plain" for label in _MOMENTUM}
     kinds |= dict.fromkeys(momentum_on, "averaged") | {"vector": "vector"}
@@ -135,7 +143,7 @@ def column_normalized_sgd(
   def step(*first):
     return optax.chain(
       *first,
-      _NORMALIZATIONS[normalization](),
+      normalize(),
       optax.add_decayed_weights(weight_decay),
       optax.scale_by_learning_rate(learning_rate),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import flax
 import flax.linen as nn
 import jax
@@ -11,6 +13,7 @@ import pytest
 from flax import nnx
 
 import optim
+from tests.optim.rows import ROWS
 
 X = jnp.ones((1, 3, 6))
 AXES = optim.MatrixAxes
@@ -139,3 +142,32 @@ def test_what_does_not_fit_is_named_in_short(spec, message):
   with pytest.raises(ValueError, match=message) as error:
     optim.muon(1.0, matrix_axes=spec).init(params)
   assert len(str(error.value)) < 300
+
+
+def takes_axes(row):
+  return "matrix_axes" in inspect.signature(row.factory).parameters
+
+
+@pytest.mark.parametrize(
+  "name",
+  [n for n, row in ROWS.items() if takes_axes(row) and not row.quantized],
+)
+def test_a_kernel_of_three_axes_is_one_of_two(name):
+  """Every factory: the update is that of the reshaped kernels."""
+  row = ROWS[name]
+  shapes = {"query": (6, 2, 4), "out": (2, 4, 6)}
+  flat_shapes = {"query": (6, 8), "out": (8, 6)}
+  sample = np.random.default_rng(0).standard_normal
+  flat = {k: {"kernel": jnp.asarray(sample(s))} for k, s in flat_shapes.items()}
+  flat = jax.tree.map(lambda x: x.astype(jnp.float32), flat)
+  wide = {k: {"kernel": flat[k]["kernel"].reshape(shapes[k])} for k in shapes}
+  out = []
+  for params, axes in ((flat, None), (wide, optim.flax_matrix_axes)):
+    tx = row.factory(0.1, matrix_axes=axes)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    out.append({k: np.ravel(updates[k]["kernel"]) for k in shapes})
+  bound = 32 * row.rounding
+  for k in shapes:
+    np.testing.assert_allclose(
+      out[1][k], out[0][k], rtol=0, atol=bound * np.abs(out[0][k]).max()
+    )
