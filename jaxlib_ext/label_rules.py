@@ -80,8 +80,8 @@ class _Tree:
     if len(shape) < 2:
       return Verdict("vector", "fewer than two dimensions")
     at = leaf.module()
-    module = leaf.parts[at] if at >= 0 else ()
-    above = leaf.parts[leaf.before(at)] if leaf.before(at) >= 0 else ()
+    module = leaf.parts[at] if at >= 0 else ("",)
+    above = leaf.parts[leaf.before(at)] if leaf.before(at) >= 0 else ("",)
     kernel, bare = own == ("kernel",), at == len(leaf.parts) - 1
     if label_words.is_vector(own):
       return Verdict("vector", f"its name, {leaf.text[-1]!r}")
@@ -155,8 +155,8 @@ class _Tree:
       if found[i] is None or found[i].label != "embedding":
         continue
       rows, width = leaf.shape[-2:]
-      kind = [label_words.embeds(part) for part in leaf.parts]
-      if len(leaf.shape) == 2 and rows != width and "position" not in kind:
+      tokens = not any(map(label_words.is_positional, leaf.parts))
+      if len(leaf.shape) == 2 and rows != width and tokens:
         self.vocabularies[frozenset((rows, width))] = (
           "/".join(leaf.text),
           rows,
@@ -175,6 +175,8 @@ class _Tree:
     bare, depth = at == len(leaf.parts) - 1, len(leaf.parts) - 1 - at
     if depth > 2:
       return Verdict("matrix", f"inside the layers of {text!r}")
+    if leaf.is_generic and {"b", "bias"} & set(self.beside[leaf.text[:-1]]):
+      return Verdict("matrix", "a kernel with a bias is no table")
     named_table = bare and part in (("embedding",), ("embeddings",)) and at > 0
     if kind == "position" or named_table:
       if leaf.own != ("kernel",):

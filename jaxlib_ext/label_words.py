@@ -34,6 +34,10 @@ _LINEAR = frozenset(
 _ADAPTIVE = frozenset(
   "ada adaln adanorm adalayernorm adaptive modulation mod film".split()
 )
+# What tables of one module called "embed" are told apart by.
+_KINDS = frozenset(
+  "token tokens tok word words pos position positions type segment char".split()
+)
 # One vector that stands for a token.
 _SPECIAL = frozenset(
   "cls class mask register registers reg dist distill distillation null pad "
@@ -44,7 +48,7 @@ _RWKV = frozenset("mix mixing decay first faaaa maa".split())
 _GAINS = frozenset([("r", "k"), ("k", "k"), ("k", "a")])
 
 _EMBED = re.compile(r"(embed|embedd?ing|embedder|emb)s?$")
-_TABLES = frozenset("wte wpe lookup codebook codebooks codevectors".split())
+_TABLES = frozenset("wte wpe lut lookup codebook codebooks codevectors".split())
 _POSITION = frozenset(
   "pos position positions positional posemb posembed wpe type segment label "
   "class cls y rotary rope".split()
@@ -63,7 +67,7 @@ _HEADS = frozenset(
 _UNEMBED = re.compile(r"un(embed|embedding|embedder|emb)s?$")
 _NO_ANSWER = frozenset(
   "multi num attn attention cross self talking per router gate gating expert "
-  "experts pre".split()
+  "experts pre conv".split()
 )
 _BESIDE_HEAD = frozenset(
   "dist dense linear proj projection fc ffn out layer weight".split()
@@ -71,7 +75,7 @@ _BESIDE_HEAD = frozenset(
 
 PLAIN = frozenset(
   "dense linear lin fc proj projection out output decoder mlp layer layers "
-  "last final affine conv transform".split()
+  "last final affine conv transform regression regressor".split()
 )
 LAST = frozenset(
   "output outputs out final last readout score pred preds prediction "
@@ -118,11 +122,15 @@ def is_vector(part: Words) -> bool:
   """Whether a part names a gain, bias, rate or token: no matrix at any rank."""
   if any(w in _VECTORS and not _followed(part, i) for i, w in enumerate(part)):
     return True
-  if part[-1:] == ("log",) or part[-2:] == ("d", "skip") or part in _GAINS:
+  if (
+    "log" in (part[0], part[-1]) or part[-2:] == ("d", "skip") or part in _GAINS
+  ):
     return True
   if part[:2] == ("weight", "g"):  # The lengths of weight normalisation.
     return True
-  if part[-1:] in (("token",), ("tokens",)):
+  if part[-1] == "token" and len(part) > 1:
+    return embeds(part) is None
+  if part[-1] == "tokens":
     return not _SPECIAL.isdisjoint(part)
   # "time_maa_w1" is a matrix of low rank that the mixture is made by.
   rwkv = part[:1] == ("time",) and part[1:2] and part[1] in _RWKV
@@ -157,8 +165,9 @@ def embeds(part: Words) -> str | None:
     if word in _TABLES or (_EMBED.search(word) and not _UNEMBED.search(word))
   ]
   if not found:
-    positional = part[-1:] in (("encoding",), ("encodings",))
-    return "position" if positional and "positional" in part else None
+    encoding = part[-1] in ("encoding", "encodings") and "positional" in part
+    table = "pos" in part and not {"rel", "abs"}.isdisjoint(part)
+    return "position" if encoding or table else None
   before, after = part[: found[-1]], part[found[-1] + 1 :]
   if "lora" in before:
     return "linear"
@@ -174,6 +183,11 @@ def embeds(part: Words) -> str | None:
   if not _SIGNALS.isdisjoint((*before, stem)):
     return "signal"
   return "table"
+
+
+def is_positional(part: Words) -> bool:
+  """Whether a part tells a table of positions or kinds from one of tokens."""
+  return embeds(part) == "position" or not _POSITION.isdisjoint(part)
 
 
 def is_head(part: Words) -> bool:
@@ -272,12 +286,12 @@ class Leaf:
   def module(self) -> int:
     """The position of the part that says what the leaf is, or -1."""
     at = len(self.parts) - 1
-    if self.is_generic:
+    if self.is_generic or is_number(self.own):
       at = self.before(at)
-    elif is_number(self.own):
-      at = self.before(at)
-    elif self.own[0] == "w" and at:
-      # TransformerLens: "unembed/W_U", but also "attn/W_Q".
+    part = self.parts[at]
+    # TransformerLens's "unembed/W_U", but also "attn/W_Q"; "embed/tokens".
+    letter = len(part) == 2 and part[0] == "w" and not part[1].isdigit()
+    if at > 0 and (letter or _KINDS.issuperset(part)):
       above = self.parts[at - 1]
       if embeds(above) or is_head(above):
         at -= 1

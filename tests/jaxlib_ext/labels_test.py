@@ -102,10 +102,44 @@ def test_biases_of_stacked_kernels(kernel, bias):
     {"time_embed": {"mlp": abstract(8, 8), "0": {"weight": abstract(8, 8)}}},
     {"multi_head_attention": {"w": abstract(8, 8)}},
     {"head_dim_proj": abstract(8, 6)},
+    {"router_logits": {"kernel": abstract(8, 4)}},
+    {"text_embedding": {"weight": abstract(8, 99), "bias": abstract(8)}},
+    {"in": abstract(4, 8), "out": abstract(8, 4)},
   ],
 )
 def test_matrices(tree):
-  assert set(jax.tree.leaves(labels.label_params(tree))) == {"matrix"}
+  found = [x.label for x in labels.explain(tree) if len(x.shape) > 1]
+  assert set(found) == {"matrix"}
+
+
+def test_the_last_of_a_chain():
+  sizes = (784, 300, 100, 100, 10)
+  tree = {
+    f"Dense_{i}": {"kernel": abstract(*pair), "bias": abstract(pair[1])}
+    for i, pair in enumerate(zip(sizes, sizes[1:], strict=False))
+  }
+  found = by_name(tree)
+  assert [found[f"Dense_{i}/kernel"] for i in range(4)] == [
+    *["matrix"] * 3,
+    "head",
+  ]
+  # All its sizes are found elsewhere: nothing says that it is the last.
+  tree["Dense_4"] = {"kernel": abstract(10, 784)}
+  assert set(by_name(tree).values()) == {"matrix", "vector"}
+
+
+def test_tables_of_one_module():
+  tree = {
+    "embed": {"tokens": abstract(99, 8), "positions": abstract(12, 8)},
+    "linear": {"w": abstract(8, 99)},
+    "extra": {"w": abstract(8, 12)},
+  }
+  assert by_name(tree) == {
+    "embed/tokens": "embedding",
+    "embed/positions": "embedding",
+    "linear/w": "head",
+    "extra/w": "matrix",
+  }
 
 
 def test_stacks_know_their_vectors_without_names():
