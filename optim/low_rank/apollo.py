@@ -103,7 +103,7 @@ def scale_by_apollo(
   _check(rank, update_interval, scale, granularity, growth_limit, b1, b2, eps)
 
   def init(params):
-    layout = projection.Layout.of(params, matrix_axes, "APOLLO")
+    layout = projection.Layout.of(params, matrix_axes, "APOLLO", warn=True)
     low = [
       jnp.zeros(
         projection.low_shape(x.shape, projection.rank_of(rank, name, x.shape)),

@@ -84,7 +84,7 @@ def scale_by_fira(
     arguments.check_at_least("growth_limit", growth_limit, 1)
 
   def init(params):
-    layout = projection.Layout.of(params, matrix_axes, "Fira")
+    layout = projection.Layout.of(params, matrix_axes, "Fira", warn=True)
     norms = [
       jnp.zeros(part.shape[:-2], part.dtype) for _, part in layout.each()
     ]

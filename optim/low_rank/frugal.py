@@ -204,7 +204,7 @@ def scale_by_frugal(
     return rest_scale * (jnp.sign(g) if rest == "sign" else g)
 
   def init(params):
-    layout = projection_lib.Layout.of(params, matrix_axes, "FRUGAL")
+    layout = projection_lib.Layout.of(params, matrix_axes, "FRUGAL", warn=True)
     projectors, low = [], []
     for name, x in layout.each():
       chosen, held = _shapes(projection, density, name, x.shape)

@@ -175,7 +175,7 @@ def scale_by_galore(
   check(rank, update_interval, basis, on_refresh, b1, b2, eps)
 
   def init(params):
-    layout = projection.Layout.of(params, matrix_axes, "GaLore")
+    layout = projection.Layout.of(params, matrix_axes, "GaLore", warn=True)
     return init_state(layout, rank)
 
   def update(updates, state):

@@ -102,18 +102,21 @@ class Layout:
   parts: tuple[tuple[jax.ShapeDtypeStruct, ...], ...]
 
   @classmethod
-  def of(cls, tree: Any, spec: matrices.Spec, method: str) -> Layout:
+  def of(
+    cls, tree: Any, spec: matrices.Spec, method: str, *, warn: bool = False
+  ) -> Layout:
     """The layout of parameters or gradients.
 
     Args:
       tree: pytree of arrays.
       spec: a factory's `matrix_axes=`.
       method: the optimizer's name, for messages.
+      warn: as for `matrices.resolve`.
 
     Raises:
       ValueError: as `matrices.resolve`.
     """
-    axes = tuple(matrices.resolve(spec, tree, method))
+    axes = tuple(matrices.resolve(spec, tree, method, warn=warn))
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     leaves = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in flat)
 

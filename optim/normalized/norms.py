@@ -131,17 +131,18 @@ def scale_by_column_norm(
       f"axis must be 0, 1, -1 or -2, an axis of a matrix, got {axis!r}"
     )
 
-  def resolve(tree):
+  def resolve(tree, *, warn=False):
     """Axes per leaf; none of a vector, which is one column."""
     is_matrix = lambda x: len(x.shape) >= 2
     masked = jax.tree.map(
       lambda x: x if is_matrix(x) else optax.MaskedNode(), tree
     )
-    axes = iter(matrices.resolve(matrix_axes, masked, "column normalisation"))
+    method = "column normalisation"
+    axes = iter(matrices.resolve(matrix_axes, masked, method, warn=warn))
     return [next(axes) if is_matrix(x) else None for x in jax.tree.leaves(tree)]
 
   def init(params):
-    resolve(params)
+    resolve(params, warn=True)
     return optax.EmptyState()
 
   def update(updates, state):
@@ -232,7 +233,7 @@ def map_matrices(
   """
 
   def init(params):
-    matrices.resolve(matrix_axes, params, method)
+    matrices.resolve(matrix_axes, params, method, warn=True)
     return optax.EmptyState()
 
   def update(updates, state, *, partitions):

@@ -149,7 +149,7 @@ def scale_by_dion(
   scale = momentum_lib.SHAPE_SCALES[shape_scale]
 
   def init(params):
-    layout = projection.Layout.of(params, matrix_axes, "Dion")
+    layout = projection.Layout.of(params, matrix_axes, "Dion", warn=True)
     bases = []
     for i, (name, part) in enumerate(layout.each()):
       *batch, d_in, _ = part.shape

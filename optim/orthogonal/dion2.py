@@ -123,7 +123,7 @@ def scale_by_dion2(
   scale = momentum_lib.SHAPE_SCALES[shape_scale]
 
   def init(params):
-    matrices.resolve(matrix_axes, params, "Dion2")
+    matrices.resolve(matrix_axes, params, "Dion2", warn=True)
     return Dion2State(numerics.zeros_like(params, momentum_dtype))
 
   def update(updates, state):

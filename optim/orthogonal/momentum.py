@@ -98,13 +98,15 @@ class Orthogonalizer:
 
   def init(self, params: Any) -> tuple[Any, jax.Array]:
     """The zero average and a count of 0."""
-    self.resolve(params)
+    self.resolve(params, warn=True)
     count = jnp.zeros([], jnp.int32)
     return numerics.zeros_like(params, self.momentum_dtype), count
 
-  def resolve(self, params: Any) -> list[matrices.MatrixAxes]:
+  def resolve(
+    self, params: Any, *, warn: bool = False
+  ) -> list[matrices.MatrixAxes]:
     """`matrix_axes` per leaf that is not masked."""
-    return matrices.resolve(self.matrix_axes, params, self.method)
+    return matrices.resolve(self.matrix_axes, params, self.method, warn=warn)
 
   def scale(self, x: jax.Array) -> float:
     """The factor for polar factors [..., d_in, d_out]."""

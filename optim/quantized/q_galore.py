@@ -245,7 +245,7 @@ def scale_by_q_galore(
   fmt8 = quantization.Format.parse(moment_format)
 
   def init(params):
-    layout = projection.Layout.of(params, matrix_axes, "Q-GaLore")
+    layout = projection.Layout.of(params, matrix_axes, "Q-GaLore", warn=True)
     bases, mu, root = [], [], []
     for name, x in layout.each():
       r = projection.rank_of(rank, name, x.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 
 import flax
 import flax.linen as nn
@@ -171,3 +172,50 @@ def test_a_kernel_of_three_axes_is_one_of_two(name):
     np.testing.assert_allclose(
       out[1][k], out[0][k], rtol=0, atol=bound * np.abs(out[0][k]).max()
     )
+
+
+@pytest.mark.parametrize(
+  "factory",
+  [
+    optim.muon,
+    optim.swan,
+    optim.column_normalized_sgd,
+    optim.galore,
+    optim.dion2,
+  ],
+)
+def test_one_warning_where_three_axes_are_ambiguous(factory):
+  params = {
+    n: {"kernel": jnp.ones((32, 4, 8))} for n in ("query", "key", "lm_head")
+  }
+  params["lm_head"]["kernel"] = jnp.ones((32, 8))
+  options = {} if factory is not optim.galore else {"rank": 2}
+  with pytest.warns(UserWarning, match="32 matrices of 4 x 8") as found:
+    tx = factory(0.1, **options)
+    state = tx.init(params)
+  (warning,) = found
+  for words in ("'key/kernel', 'query/kernel'", "optim.flax_matrix_axes"):
+    assert words in str(warning.message)
+  keep = {"query": (-2, -1), "key": (-2, -1), "lm_head": None}
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    tx.update(params, state, params)
+    for axes in (optim.flax_matrix_axes, {**keep, "query": (0, (1, 2))}):
+      factory(0.1, matrix_axes=axes, **options).init(params)
+    factory(0.1, matrix_axes=(-2, -1), **options).init(params)
+
+
+def test_no_warning_where_names_tell_the_stack():
+  shapes = {
+    "layers": {"up": (2, 8, 16), "experts": {"down": (2, 3, 16, 8)}},
+    "ScanBlock_0": {"Dense_0": {"kernel": (2, 8, 16)}},
+    "h": {"q": (2, 8, 8)},
+    "Conv_0": {"kernel": (3, 3, 8, 8)},
+    "stage1": {"up": (2, 3, 3, 8, 8), "shrink": (3, 3, 8, 8)},
+  }
+  params = jax.tree.map(
+    jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple)
+  )
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    jax.eval_shape(optim.scale_by_muon().init, params)
