@@ -62,6 +62,30 @@ def in_range(
   return (x * root) * root, root
 
 
+# The squares of as large numbers, and of sums of them, are in float32's range.
+_LARGEST = 2.0**48
+
+
+def limited(
+  x: jax.Array, axis: int | tuple[int, ...], largest: float = _LARGEST
+) -> jax.Array:
+  """Scales down what has a magnitude above `largest`, to that.
+
+  One huge gradient then leaves moments that are finite and decay. Infinities
+  become NaN and so stay visible.
+
+  Args:
+    x: real floating array.
+    axis: of what is scaled together, one axis or several; () for each entry.
+    largest: a float32 of at least 4.
+
+  Returns:
+    Array like x.
+  """
+  top = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0)
+  return x * jnp.where(top > largest, largest / top, 1)
+
+
 def in_float32(
   inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:

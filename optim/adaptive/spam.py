@@ -69,10 +69,17 @@ def scale_by_spam(
      half cosine over the `warmup` steps after a reset, and 0 before the first.
   Like Adam's, the update's root mean square is of the order of 0.2 to 1.
 
+  A gradient beyond 2^48 = 2.8e14 counts as that, so that v is finite; as with
+  Adam, the steps of such an entry are small until v has decayed, or up to the
+  next reset.
+
   The bias correction starts again at a reset. In the release it does not, so
   that right after one the update is about 3.2 sign(g) (sqrt(0.1² / 0.001))
   before step 4 damps it: `restart_bias_correction=False`, which the paper's
-  figures are for. The release also takes away, by step 2, the gradients of
+  figures are for. The release counts steps from 1, so that its first interval
+  (and grace) is one step shorter; it adds `eps` before the bias correction,
+  and its warm-up, which starts with the reset as here, is one step of warmup
+  + 1 ahead of c. The release also takes away, by step 2, the gradients of
   entries that have had none since the reset, such as the embeddings of rare
   tokens; here an estimate of 0 is none.
 
@@ -166,7 +173,7 @@ def scale_by_spam(
       treedef.flatten_up_to(state.nu),
       strict=True,
     ):
-      wide = g.astype(m.dtype)
+      wide = numerics.limited(g.astype(m.dtype), ())
       if m.shape == g.shape:
         u, m, v = dense(wide, m, v)
       else:

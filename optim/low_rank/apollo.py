@@ -27,7 +27,8 @@ class ApolloState(NamedTuple):
     mu: first moments of the projected gradients, [batch..., r, d_out] or
       [batch..., d_in, r]; r L numbers per matrix.
     nu: second moments, the same.
-    norm: Frobenius norm of each matrix's last update, [batch...].
+    norm: Frobenius norm of each matrix's last update, [batch...]; of the
+      release without bias correction.
   """
 
   count: jax.Array
@@ -56,6 +57,7 @@ def scale_by_apollo(
   scale: float = 1.0,
   granularity: str = "channel",
   growth_limit: float | None = 1.01,
+  released: bool = False,
   b1: float = 0.9,
   b2: float = 0.999,
   eps: float = 1e-6,
@@ -78,6 +80,16 @@ def scale_by_apollo(
   it from the key again. The moments are kept, though they belong to another
   P then, as in the paper; only their norms are used.
 
+  The release (`released=True`) limits the growth of norms without the bias
+  correction c = sqrt(1 - b2^t) / (1 - b1^t), ‖s G‖ / c: as c falls at first,
+  it lets the update grow by less than γ. And it adds `eps` before the bias
+  correction.
+
+  A matrix with a gradient above 2^48 = 2.8e14 is scaled down to that, so that
+  the second moment is finite. As with Adam, steps are small until that has
+  decayed, for about 2 ln(2^48 / g) / (1 - b2) steps of ordinary gradients g;
+  clip before it (`optax.clip_by_global_norm`) where such gradients occur.
+
   State per matrix: 2 r L + 1 numbers.
 
   Args:
@@ -86,6 +98,7 @@ def scale_by_apollo(
     scale: α.
     granularity: "channel" or "tensor".
     growth_limit: γ; None for no limit.
+    released: whether to compute what the release does.
     b1: Adam's first decay.
     b2: Adam's second decay.
     eps: Adam's epsilon.
@@ -122,7 +135,7 @@ def scale_by_apollo(
 
   def update(updates, state):
     layout = projection.Layout.of(updates, matrix_axes, "APOLLO")
-    grads = layout.split(updates)
+    grads = moments.limited(layout.split(updates))
     mu, nu = layout.unpack(state.mu), layout.unpack(state.nu)
     key = jax.random.wrap_key_data(state.key)
     key = jax.random.fold_in(key, state.count // update_interval)
@@ -134,7 +147,7 @@ def scale_by_apollo(
       low.append(projection.down(p, g) / r**0.5)
     count = optax.safe_increment(state.count)
     directions, (mu, nu) = moments.adam(
-      low, (mu, nu), count, b1=b1, b2=b2, eps=eps
+      low, (mu, nu), count, b1=b1, b2=b2, eps=eps, released=released
     )
     out, norms = [], []
     for g, r, psi, before in zip(
@@ -144,7 +157,12 @@ def scale_by_apollo(
       factor = moments.gain(
         psi, r, (-2, -1) if granularity == "tensor" else axis
       )
-      scaled, after = moments.limit_growth(factor * g, before, growth_limit)
+      scaled, after = moments.limit_growth(
+        factor * g,
+        before,
+        growth_limit,
+        moments.correction(b1, b2, count, g.dtype) if released else 1,
+      )
       out.append(jnp.sqrt(jnp.asarray(scale, g.dtype)) * scaled)
       norms.append(after)
     new = ApolloState(
@@ -163,6 +181,7 @@ def apollo(
   scale: float = 1.0,
   granularity: str = "channel",
   growth_limit: float | None = 1.01,
+  released: bool = False,
   b1: float = 0.9,
   b2: float = 0.999,
   eps: float = 1e-6,
@@ -185,6 +204,7 @@ def apollo(
     scale: as for `scale_by_apollo`.
     granularity: as for `scale_by_apollo`.
     growth_limit: as for `scale_by_apollo`.
+    released: as for `scale_by_apollo`.
     b1: as for `scale_by_apollo`.
     b2: as for `scale_by_apollo`.
     eps: as for `scale_by_apollo`.
@@ -209,6 +229,7 @@ def apollo(
       scale=scale,
       granularity=granularity,
       growth_limit=growth_limit,
+      released=released,
       b1=b1,
       b2=b2,
       eps=eps,
@@ -230,6 +251,7 @@ def apollo_mini(
   update_interval: int = 200,
   scale: float = 128.0,
   growth_limit: float | None = 1.01,
+  released: bool = False,
   b1: float = 0.9,
   b2: float = 0.999,
   eps: float = 1e-6,
@@ -249,6 +271,7 @@ def apollo_mini(
     update_interval: as for `scale_by_apollo`.
     scale: α; the paper has larger values for larger models.
     growth_limit: as for `scale_by_apollo`.
+    released: as for `scale_by_apollo`.
     b1: as for `scale_by_apollo`.
     b2: as for `scale_by_apollo`.
     eps: as for `scale_by_apollo`.
@@ -272,6 +295,7 @@ def apollo_mini(
     update_interval=update_interval,
     scale=scale,
     growth_limit=growth_limit,
+    released=released,
     b1=b1,
     b2=b2,
     eps=eps,

@@ -20,7 +20,8 @@ class FiraState(NamedTuple):
 
   Attributes:
     galore: count, bases and moments.
-    norm: Frobenius norm of each matrix's last residual update, [batch...].
+    norm: Frobenius norm of each matrix's last residual update, [batch...];
+      of the release without bias correction.
   """
 
   galore: galore.GaloreState
@@ -51,11 +52,16 @@ def scale_by_fira(
   sqrt(1 - rank / S) times the ratio of the gradient's energies outside and
   inside.
 
-  The release computes the residual from its projection after `scale` has
-  gone into that: G - scale · P R, which adds (1 - scale) of the projected
-  gradient once more, and is what the paper's numbers were measured with.
-  Bias correction enters ψ here and the step there, which is the same but for
-  the norms that the limiter compares.
+  The release, which the paper's numbers were measured with, differs in three
+  ways (`released=True`). It computes the residual from its projection after
+  `scale` has gone into that: G - scale · P R, which adds (1 - scale) of the
+  projected gradient once more. Its limiter compares norms without the bias
+  correction c = sqrt(1 - b2^t) / (1 - b1^t), ‖S‖ / c, and as c falls at first
+  it lets S grow by less than γ. It adds `eps` before the bias correction.
+  (Its absolute 1e-8 in divisors is left out: `moments.gain`.)
+
+  Huge gradients are scaled down as in `scale_by_galore`, with the same
+  memory; the limiter lets the residual grow back by γ per step.
 
   State per matrix of sides S <= L: 2 r L + r S + 1 numbers.
 
@@ -64,7 +70,7 @@ def scale_by_fira(
     update_interval: as for `scale_by_galore`.
     scale: α, of the part inside the subspace.
     growth_limit: γ; None for no limit.
-    released: whether to take the release's residual.
+    released: whether to compute what the release does.
     basis: as for `scale_by_galore`.
     on_refresh: as for `scale_by_galore`.
     b1: Adam's first decay.
@@ -102,6 +108,7 @@ def scale_by_fira(
       b1=b1,
       b2=b2,
       eps=eps,
+      released=released,
     )
     out, norms = [], []
     for g, r, psi, p, before in zip(
@@ -111,7 +118,10 @@ def scale_by_fira(
       residual = g - (scale * inside if released else inside)
       factor = moments.gain(psi, r, projection.rank_axis(g.shape))
       outside, after = moments.limit_growth(
-        factor * residual, before, growth_limit
+        factor * residual,
+        before,
+        growth_limit,
+        moments.correction(b1, b2, now.age, g.dtype) if released else 1,
       )
       out.append(scale * projection.up(p, psi, g.shape) + outside)
       norms.append(after)

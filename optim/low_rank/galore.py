@@ -70,6 +70,7 @@ class Step(NamedTuple):
   low: list[jax.Array]
   directions: list[jax.Array]
   bases: list[jax.Array]
+  age: jax.Array
   state: GaloreState
 
 
@@ -84,9 +85,10 @@ def step(
   b1: Any,
   b2: Any,
   eps: Any,
+  released: bool = False,
 ) -> Step:
   """Refreshes the bases if due, projects, and takes Adam's step there."""
-  grads = layout.split(updates)
+  grads = moments.limited(layout.split(updates))
   old = layout.unpack(state.projector)
   due = state.count % update_interval == 0
 
@@ -114,9 +116,11 @@ def step(
   if on_refresh == "reset":
     age = state.count % update_interval + 1
   low = [projection.down(p, g) for p, g in zip(bases, grads, strict=True)]
-  directions, (mu, nu) = moments.adam(low, carried, age, b1=b1, b2=b2, eps=eps)
+  directions, (mu, nu) = moments.adam(
+    low, carried, age, b1=b1, b2=b2, eps=eps, released=released
+  )
   new = GaloreState(count, layout.pack(bases), layout.pack(mu), layout.pack(nu))
-  return Step(grads, low, directions, bases, new)
+  return Step(grads, low, directions, bases, age, new)
 
 
 def scale_by_galore(
@@ -144,7 +148,15 @@ def scale_by_galore(
   several times that by "svd", for all matrices in one step.
 
   Signs of basis vectors follow those of the vectors they replace. The release
-  leaves them to chance, which the moments that it keeps then see.
+  leaves them to chance, which the moments that it keeps then see. It also
+  adds `eps` before the bias correction, so that its epsilon is 1 / sqrt(1 -
+  b2^t) times as large at step t: 32 times at the first, with b2 = 0.999.
+
+  A matrix with a gradient above 2^48 = 2.8e14 is scaled down to that, so that
+  its second moment is finite. As with Adam, steps are small until that has
+  decayed: for about 2 ln(2^48 / g) / (1 - b2) steps of ordinary gradients g,
+  tens of thousands. `optax.apply_if_finite` does not skip such a step, a
+  limit on the norm before this (`optax.clip_by_global_norm`) avoids it.
 
   Args:
     rank: of the subspaces: a whole number, or a share of each matrix's

@@ -11,6 +11,14 @@ import jax.numpy as jnp
 from optim import numerics
 
 
+def limited(grads: Sequence[jax.Array]) -> list[jax.Array]:
+  """Scales down the matrices with an entry above 2^48 = 2.8e14, to that.
+
+  Their squares would be infinite, and with them the second moment for good.
+  """
+  return [numerics.limited(g, (-2, -1)) for g in grads]
+
+
 def adam(
   grads: Sequence[jax.Array],
   moments: tuple[Sequence[jax.Array], Sequence[jax.Array]],
@@ -19,6 +27,7 @@ def adam(
   b1: Any,
   b2: Any,
   eps: Any,
+  released: bool = False,
 ) -> tuple[list[jax.Array], tuple[list[jax.Array], list[jax.Array]]]:
   """Adam's directions, bias-corrected.
 
@@ -29,6 +38,8 @@ def adam(
     b1: decay of the first moment.
     b2: decay of the second moment.
     eps: added to the root of the second moment.
+    released: whether it is added before the bias correction, as in the
+      releases, and so is 1 / sqrt(1 - b2^age) times as large.
 
   Returns:
     Directions, to be subtracted, and the new moments.
@@ -41,6 +52,8 @@ def adam(
     steps = age.astype(g.dtype)
     corrected = m / (1 - b1_**steps)
     root = jnp.sqrt(v / (1 - b2_**steps))
+    if released:
+      eps_ = eps_ / jnp.sqrt(1 - b2_**steps)
     directions.append(corrected / (root + eps_))
     first.append(m)
     second.append(v)
@@ -68,8 +81,14 @@ def gain(
   return jnp.where(below > 0, above / jnp.where(below > 0, below, 1), 0)
 
 
+def correction(b1: Any, b2: Any, age: jax.Array, dtype: Any) -> jax.Array:
+  """Adam's bias correction of a step: sqrt(1 - b2^age) / (1 - b1^age)."""
+  b1, b2, steps = (jnp.asarray(x, dtype) for x in (b1, b2, age))
+  return jnp.sqrt(1 - b2**steps) / (1 - b1**steps)
+
+
 def limit_growth(
-  x: jax.Array, before: jax.Array, limit: Any
+  x: jax.Array, before: jax.Array, limit: Any, corrected: Any = 1
 ) -> tuple[jax.Array, jax.Array]:
   """Scales matrices whose norm grew by more than a factor `limit`.
 
@@ -79,11 +98,12 @@ def limit_growth(
       0 for none, which limits nothing (the first step, and one after a step
       without gradients).
     limit: γ; None for no limit.
+    corrected: a factor that is in x, but not in the norms that are compared.
 
   Returns:
     The matrices, and their norms after limiting.
   """
-  now = norm(x, (-2, -1))[..., 0, 0]
+  now = norm(x, (-2, -1))[..., 0, 0] / corrected
   if limit is None:
     return x, now
   most = jnp.asarray(limit, x.dtype) * before

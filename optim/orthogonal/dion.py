@@ -15,6 +15,9 @@ from optim import arguments, assembly, groups, matrices, numerics
 from optim.low_rank import projection
 from optim.orthogonal import momentum as momentum_lib
 
+# Of a sum, for products with it to be in range. No sum of a momentum that was
+# limited to this and a finite gradient overflows.
+_LARGEST = 2.0**100
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -118,7 +121,9 @@ def scale_by_dion(
 
   Q Pᵀ has about r singular values near 1: with "rms" the update's root mean
   square is 0.2 sqrt(r / min(d_in, d_out)). The paper's s is "spectral". A
-  column of R that is zero leaves Q's as it was: Q would lose it for good.
+  column of R that is zero leaves Q's as it was: Q would lose it for good. A
+  sum B with entries above 2^100 is scaled down to that, and M forgets it by μ
+  per step.
 
   Args:
     rank: r, a whole number, or a share in (0, 1] of each matrix's smaller
@@ -165,7 +170,7 @@ def scale_by_dion(
     grads = numerics.widen(updates)
     layout = projection.Layout.of(grads, matrix_axes, "Dion")
     sums = [
-      m.astype(g.dtype) + g
+      numerics.limited(m.astype(g.dtype) + g, (-2, -1), _LARGEST)
       for m, g in zip(
         layout.split(state.momentum), layout.split(grads), strict=True
       )

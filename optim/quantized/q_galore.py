@@ -283,7 +283,7 @@ def scale_by_q_galore(
     )
     out, new = [], []
     for i, (g, q, mu, root, *schedule) in enumerate(
-      zip(layout.split(updates), *held, strict=True)
+      zip(moments.limited(layout.split(updates)), *held, strict=True)
     ):
       p, wait, interval, agreement = _recompute(
         g, q.dequantize(), *schedule, basis=basis, threshold=threshold

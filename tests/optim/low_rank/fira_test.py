@@ -16,13 +16,17 @@ STEPS = 5
 
 def expected(grads, rank, interval, released, limit):
   subspace, norm, out = reference.Subspace(rank, interval), 0.0, []
-  for g in grads:
+  subspace.adam.released = released
+  for t, g in enumerate(grads, 1):
     x = reference.upright(g)
     p, r, psi = subspace(x)
     s = x - (0.25 if released else 1) * p @ r
     s = s * (np.linalg.norm(psi, axis=0) / np.linalg.norm(r, axis=0))
+    # The release limits norms without the bias correction.
+    c = np.sqrt(1 - 0.999**t) / (1 - 0.9**t) if released else 1
     if limit:
-      s, norm = reference.limited(s, norm, limit)
+      s, norm = reference.limited(s / c, norm, limit)
+      s = s * c
     u = 0.25 * p @ psi + s
     out.append(u if g.shape[0] <= g.shape[1] else u.T)
   return out

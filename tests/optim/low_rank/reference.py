@@ -28,13 +28,16 @@ class Adam:
     self.b1, self.b2, self.eps = b1, b2, eps
     self.m = self.v = 0.0
     self.t = 0
+    self.released = False
 
   def __call__(self, g):
     self.t += 1
     self.m = self.b1 * self.m + (1 - self.b1) * g
     self.v = self.b2 * self.v + (1 - self.b2) * g**2
     m = self.m / (1 - self.b1**self.t)
-    return m / (np.sqrt(self.v / (1 - self.b2**self.t)) + self.eps)
+    correction = np.sqrt(1 - self.b2**self.t)
+    eps = self.eps / correction if self.released else self.eps
+    return m / (np.sqrt(self.v) / correction + eps)
 
 
 class Subspace:
