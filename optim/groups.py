@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxlib_ext import labels as labels_lib
+from jaxlib_ext import quantization, trees
 from optim import arguments, numerics
 
-# What takes the leaves that a method leaves over: a transformation, or the
-# learning rate of the default one; None is that at the method's own rate.
-Fallback = optax.GradientTransformation | optax.ScalarOrSchedule | None
+# What takes the leaves that a method leaves over: a transformation, the
+# learning rate of the default one, or one of these for each label that is not
+# "matrix"; None is the default one at the method's own rate.
+_Other = optax.GradientTransformation | optax.ScalarOrSchedule | None
+Fallback = _Other | Mapping[str, _Other]
+
+# Which parameters decay: a pytree of booleans, or a function of the parameters
+# giving one.
+Mask = Any | Callable[[Any], Any] | None
 
 
+@arguments.checked()
 def add_cautious_decay(
   weight_decay: optax.ScalarOrSchedule,
 ) -> optax.GradientTransformation:
@@ -45,13 +55,48 @@ def add_cautious_decay(
   return optax.GradientTransformation(inner.init, update)
 
 
+def resolve_mask(mask: Mask, params: Any) -> Any:
+  """Turns a factory's `weight_decay_mask=` into a checked pytree.
+
+  Args:
+    mask: a pytree of booleans, a prefix of the parameters' tree or like it,
+      or a function of the parameters giving one.
+    params: the parameters, or what is like them.
+
+  Returns:
+    A pytree like `params`, one boolean per parameter.
+
+  Raises:
+    ValueError: it does not fit, or holds something else.
+  """
+  tree = trees.given(mask, params)
+  full = trees.spread(
+    "weight_decay_mask", tree, params, is_param=labels_lib.is_param
+  )
+  for x in jax.tree.leaves(full):
+    if not isinstance(x, bool | np.bool_):
+      raise ValueError(f"weight_decay_mask must hold True and False, got {x!r}")
+  return full
+
+
+def resolve_quantized_mask(mask: Mask, params: Any) -> Any:
+  """`resolve_mask` of parameters seen as if they were not quantized.
+
+  None stays None.
+  """
+  if mask is None:
+    return None
+  view = jax.eval_shape(quantization.dequantize_tree, params)
+  return resolve_mask(mask, view)
+
+
 def descent(
   direction: optax.GradientTransformation,
   learning_rate: optax.ScalarOrSchedule,
   weight_decay: optax.ScalarOrSchedule,
   *,
   cautious: bool = False,
-  decayed: Callable[[Any], Any] | None = None,
+  mask: Mask = None,
 ) -> optax.GradientTransformation:
   """W ← W - lr (direction(G) + weight_decay W).
 
@@ -60,69 +105,73 @@ def descent(
     learning_rate: a value or a schedule.
     weight_decay: decoupled decay, a value or a schedule.
     cautious: whether it is that of `add_cautious_decay`.
-    decayed: says of which parameters; None for all.
+    mask: says of which parameters, as for `resolve_mask`; None for all.
 
   Returns:
     The transformation; updates are to be added to the parameters.
-
-  Raises:
-    ValueError: a negative rate or decay.
   """
-  arguments.check_at_least("learning_rate", learning_rate, 0)
-  arguments.check_at_least("weight_decay", weight_decay, 0)
   decay = add_cautious_decay if cautious else optax.add_decayed_weights
   shrink = decay(weight_decay)
+  if mask is not None:
+    shrink = optax.masked(shrink, functools.partial(resolve_mask, mask))
   return optax.chain(
-    direction,
-    shrink if decayed is None else optax.masked(shrink, decayed),
-    optax.scale_by_learning_rate(learning_rate),
+    direction, shrink, optax.scale_by_learning_rate(learning_rate)
   )
 
 
 def is_transformation(fallback: Fallback) -> bool:
-  """Whether it is to be used as it is; else `adamw_by_label` serves."""
+  """Whether it is to be used as it is, for all the leaves left over."""
   return isinstance(fallback, optax.GradientTransformation)
 
 
-def adamw_by_label(
-  fallback: optax.ScalarOrSchedule | None,
+class Others(NamedTuple):
+  """Who takes the leaves that a method leaves over.
+
+  Attributes:
+    transforms: transformations by group.
+    group: the group of a label that is not "matrix".
+  """
+
+  transforms: dict[str, optax.GradientTransformation]
+  group: Callable[[str], str]
+
+
+def others(
+  fallback: Fallback,
   learning_rate: optax.ScalarOrSchedule,
   weight_decay: optax.ScalarOrSchedule,
-) -> dict[str, optax.GradientTransformationExtraArgs]:
-  """AdamW for the leaves left over, "decayed" ones and "vector" ones.
+  mask: Any = None,
+) -> Others:
+  """Transformations for the leaves left over, AdamW where none is given.
 
   Args:
-    fallback: their learning rate; None for the method's.
+    fallback: as for the factories.
     learning_rate: the method's.
-    weight_decay: of the decayed ones.
-
-  Raises:
-    ValueError: a negative rate.
+    weight_decay: of AdamW, on leaves not labelled "vector".
+    mask: instead, of the leaves that it says, a pytree as from
+      `resolve_mask`.
   """
-  rate = learning_rate if fallback is None else fallback
-  arguments.check_at_least("fallback", rate, 0)
-  adamw = lambda decay: numerics.in_float32(
-    optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-10, weight_decay=decay)
+
+  def given(rate, label):
+    if is_transformation(rate):
+      return rate
+    decay = 0.0 if label == "vector" and mask is None else weight_decay
+    rate = learning_rate if rate is None else rate
+    tx = optax.adamw(
+      rate, b1=0.9, b2=0.95, eps=1e-10, weight_decay=decay, mask=mask
+    )
+    return numerics.in_float32(tx)
+
+  if is_transformation(fallback):
+    return Others({"fallback": fallback}, lambda label: "fallback")
+  if isinstance(fallback, Mapping):
+    kinds = [x for x in labels_lib.LABELS if x != "matrix"]
+    return Others({x: given(fallback.get(x), x) for x in kinds}, lambda x: x)
+  kinds = {"vector": "vector"}
+  return Others(
+    {x: given(fallback, x) for x in ("decayed", "vector")},
+    lambda label: kinds.get(label, "decayed"),
   )
-  return {"decayed": adamw(weight_decay), "vector": adamw(0.0)}
-
-
-def of_floats(
-  tx: optax.GradientTransformation, method: str
-) -> optax.GradientTransformationExtraArgs:
-  """`tx`, which refuses to begin with parameters that are not floating.
-
-  Args:
-    tx: any transformation.
-    method: its name in the error.
-  """
-  tx = optax.with_extra_args_support(tx)
-
-  def init(params):
-    arguments.check_floating(params, method)
-    return tx.init(params)
-
-  return optax.GradientTransformationExtraArgs(init, tx.update)
 
 
 def for_all(
@@ -131,18 +180,18 @@ def for_all(
   *,
   method: str,
   weight_decay: optax.ScalarOrSchedule,
+  weight_decay_mask: Mask,
   cautious: bool,
   labels: labels_lib.Labels,
 ) -> optax.GradientTransformationExtraArgs:
   """An elementwise optimizer: `descent` in at least float32.
-
-  Leaves labelled "vector" do not decay.
 
   Args:
     scale: maps gradients to directions that are to be subtracted.
     learning_rate: as for `descent`.
     method: the factory's name, for messages.
     weight_decay: as for `descent`.
+    weight_decay_mask: what decays; None for leaves not labelled "vector".
     cautious: as for `descent`.
     labels: as for the factories.
 
@@ -150,18 +199,40 @@ def for_all(
     The transformation; updates are to be added to the parameters.
 
   Raises:
-    ValueError: as `descent`; on init, parameters that are not floating, or
-      labels that do not fit.
+    ValueError: on init, parameters that are not floating, or labels or a mask
+      that do not fit.
   """
 
-  def decayed(params):
+  def not_vectors(params):
     tree = labels_lib.resolve(labels, params)
     return jax.tree.map(lambda label: label != "vector", tree)
 
-  tx = descent(
-    scale, learning_rate, weight_decay, cautious=cautious, decayed=decayed
+  mask = not_vectors if weight_decay_mask is None else weight_decay_mask
+  tx = descent(scale, learning_rate, weight_decay, cautious=cautious, mask=mask)
+  return arguments.of_floats(numerics.in_float32(tx), method)
+
+
+def of_masks(
+  build: Callable[[Any], optax.GradientTransformation], mask: Mask
+) -> optax.GradientTransformationExtraArgs:
+  """A transformation that is built for the mask of the tree it gets.
+
+  Args:
+    build: from a pytree of booleans, or None, to a transformation.
+    mask: as for `resolve_mask`, or None.
+  """
+  if mask is None:
+    return optax.with_extra_args_support(build(None))
+  of = lambda tree: optax.with_extra_args_support(
+    build(resolve_mask(mask, tree))
   )
-  return of_floats(numerics.in_float32(tx), method)
+
+  def update(grads, state, params=None, **extra_args):
+    return of(grads).update(grads, state, params, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(
+    lambda params: of(params).init(params), update
+  )
 
 
 def for_matrices(
@@ -170,6 +241,7 @@ def for_matrices(
   *,
   method: str,
   weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: Mask = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
   fallback: Fallback = None,
@@ -184,34 +256,34 @@ def for_matrices(
       subtracted; it sees `optax.MaskedNode` elsewhere.
     learning_rate: a value or a schedule.
     method: the factory's name, for messages.
-    weight_decay: decoupled decay of everything not labelled "vector", a value
-      or a schedule.
+    weight_decay: decoupled decay, a value or a schedule.
+    weight_decay_mask: what decays; None for leaves not labelled "vector".
     cautious: whether the matrices decay as by `add_cautious_decay`.
     labels: as for the factories.
-    fallback: the transformation for all other leaves, learning rate and sign
-      included; default AdamW(b1=0.9, b2=0.95, eps=1e-10) at the same
-      `learning_rate` and `weight_decay`, or at this rate where it is one.
+    fallback: for all other leaves, learning rate and sign included: a
+      transformation; or the rate, None for `learning_rate`, of
+      AdamW(b1=0.9, b2=0.95, eps=1e-10) with `weight_decay`; or a dictionary of
+      these by label.
 
   Returns:
     The transformation; updates are to be added to the parameters.
 
   Raises:
-    ValueError: a negative rate or decay; on init, parameters that are not
-      floating, or labels that do not fit.
+    ValueError: on init, parameters that are not floating, or labels or a mask
+      that do not fit.
   """
 
-  def group(params):
-    tree = labels_lib.resolve(labels, params)
-    if is_transformation(fallback):
-      return jax.tree.map(lambda x: x if x == "matrix" else "fallback", tree)
-    return jax.tree.map(
-      lambda x: x if x in ("matrix", "vector") else "decayed", tree
+  def build(mask):
+    rest = others(fallback, learning_rate, weight_decay, mask)
+    matrices = descent(
+      matrix, learning_rate, weight_decay, cautious=cautious, mask=mask
     )
 
-  matrices = descent(matrix, learning_rate, weight_decay, cautious=cautious)
-  transforms = {"matrix": numerics.in_float32(matrices)}
-  if is_transformation(fallback):
-    transforms["fallback"] = fallback
-  else:
-    transforms |= adamw_by_label(fallback, learning_rate, weight_decay)
-  return of_floats(optax.partition(transforms, group), method)
+    def group(params):
+      tree = labels_lib.resolve(labels, params)
+      return jax.tree.map(lambda x: x if x == "matrix" else rest.group(x), tree)
+
+    transforms = {"matrix": numerics.in_float32(matrices), **rest.transforms}
+    return optax.partition(transforms, group)
+
+  return arguments.of_floats(of_masks(build, weight_decay_mask), method)

@@ -38,6 +38,31 @@ def zeros_like(params: Any, dtype: Any = None) -> Any:
   )
 
 
+def average(decay: Any, old: jax.Array, new: Any) -> jax.Array:
+  """decay old + (1 - decay) new, computed in and of the dtype of `old`.
+
+  The same average of ones, from 0 on, is the sum of the weights so far: what
+  to divide by for the bias correction, whatever the decay did on the way. It
+  has the rounding of `decay` in it just as the moment does.
+  """
+  if isinstance(decay, jax.Array):
+    decay = decay.astype(old.dtype)
+  return (decay * old + (1 - decay) * new).astype(old.dtype)
+
+
+def nonzero(x: jax.Array) -> jax.Array:
+  """A divisor for what is 0 where x is; NaN stays NaN.
+
+  Not the smallest number, for compilers multiply divisors with each other.
+  """
+  return jnp.where(x == 0, 1, x)
+
+
+def sign(x: jax.Array) -> jax.Array:
+  """The sign of finite numbers, else NaN: an infinity has to be seen."""
+  return jnp.where(jnp.isfinite(x), jnp.sign(x), jnp.nan)
+
+
 def in_range(
   x: jax.Array,
   axis: int | tuple[int, ...],

@@ -8,16 +8,6 @@ import jax
 import jax.numpy as jnp
 
 
-def average(decay: Any, old: jax.Array, new: Any) -> jax.Array:
-  """decay old + (1 - decay) new, of the dtype of `old`.
-
-  The same average of ones, from 0 on, is the sum of the weights so far: what
-  to divide by for the bias correction, whatever the decay did on the way. It
-  has the rounding of `decay` in it just as the moment does.
-  """
-  return (decay * old + (1 - decay) * new).astype(old.dtype)
-
-
 def since_reset(count: jax.Array, every: Any) -> tuple[jax.Array, jax.Array]:
   """How many steps ago, and how many times, a reset took place.
 

@@ -44,10 +44,11 @@ class SpamState(NamedTuple):
   nu: optax.Updates
 
 
+@arguments.checked("SPAM")
 def scale_by_spam(
   *,
-  b1: float = 0.9,
-  b2: float = 0.999,
+  b1: optax.ScalarOrSchedule = 0.9,
+  b2: optax.ScalarOrSchedule = 0.999,
   eps: float = 1e-6,
   threshold: float = 5000.0,
   reset_every: int = 500,
@@ -63,7 +64,8 @@ def scale_by_spam(
   With n steps since the last reset (or the start) and v as it was before the
   step and without bias correction, entry by entry:
   1. n = 0: m ← 0, v ← 0;
-  2. n >= grace and g² > threshold v > 0: g ← sign(g) sqrt(threshold v);
+  2. n >= grace and g² > threshold v > 0: g ← sign(g) sqrt(threshold v), also
+     of an infinite g;
   3. m, v ← the moving averages of g and g²;
   4. update = (1 - c) m̂ / (sqrt(v̂) + eps), with c falling from 0.99 to 0 as a
      half cosine over the `warmup` steps after a reset, and 0 before the first.
@@ -92,8 +94,8 @@ def scale_by_spam(
   them, for they have one dimension.
 
   Args:
-    b1: decay of m.
-    b2: decay of v.
+    b1: decay of m, a value or a schedule of the steps so far.
+    b2: decay of v, the same.
     eps: Adam's epsilon.
     threshold: θ, how many times v a squared gradient may be; 0 does not clip.
     reset_every: ΔT, steps from one reset to the next; 0 is never.
@@ -113,9 +115,6 @@ def scale_by_spam(
     ValueError: an argument out of range; on init, with a `density`, a matrix
       of 2³¹ or more entries.
   """
-  _check(b1, b2, eps, threshold, reset_every, warmup, grace)
-  if density is not None and not 0 < density <= 1:
-    raise ValueError(f"density must be None or in (0, 1], got {density!r}")
 
   def zeros(path, p, label):
     dtype = numerics.at_least_float32(p.dtype)
@@ -150,8 +149,9 @@ def scale_by_spam(
     mu_weight, nu_weight = state.mu_weight, state.nu_weight
     if restart_bias_correction:
       mu_weight, nu_weight = keep(mu_weight), keep(nu_weight)
-    mu_weight = moments.average(b1, mu_weight, 1)
-    nu_weight = moments.average(b2, nu_weight, 1)
+    first, second = (arguments.value_at(b, state.count) for b in (b1, b2))
+    mu_weight = numerics.average(first, mu_weight, 1)
+    nu_weight = numerics.average(second, nu_weight, 1)
     clips = (since >= grace) & (jnp.asarray(threshold) > 0)
     damping = _damping(since, resets, warmup)
 
@@ -160,8 +160,8 @@ def scale_by_spam(
       limit = jnp.sqrt(threshold * v)
       spike = clips & (v > 0) & (jnp.abs(g) > limit)
       g = jnp.where(spike, jnp.sign(g) * limit, g)
-      m, v = moments.average(b1, m, g), moments.average(b2, v, g * g)
-      u = (m / mu_weight) / (jnp.sqrt(v / nu_weight) + eps)
+      m, v = numerics.average(first, m, g), numerics.average(second, v, g * g)
+      u = (m / mu_weight) / numerics.nonzero(jnp.sqrt(v / nu_weight) + eps)
       return damping * u, m, v
 
     flat, treedef = jax.tree_util.tree_flatten_with_path(updates)
@@ -197,20 +197,6 @@ def scale_by_spam(
   return assembly.direction(init, update)
 
 
-def _check(b1, b2, eps, threshold, reset_every, warmup, grace) -> None:
-  for name, value in (("b1", b1), ("b2", b2)):
-    arguments.check_decay_rate(name, value)
-  for name, value in (("eps", eps), ("threshold", threshold)):
-    arguments.check_at_least(name, value, 0)
-  for name, value in (
-    ("reset_every", reset_every),
-    ("warmup", warmup),
-    ("grace", grace),
-  ):
-    if not isinstance(value, jax.Array):
-      arguments.check_whole(name, value, 0)
-
-
 def _damping(since: jax.Array, resets: jax.Array, warmup: Any) -> jax.Array:
   """The share of the update that the warm-up after a reset lets through."""
   done = since / jnp.maximum(warmup, 1)
@@ -233,11 +219,12 @@ def _entries(key: jax.Array, size: int, count: int) -> jax.Array:
   ).astype(jnp.int32)
 
 
+@arguments.checked()
 def spam(
   learning_rate: optax.ScalarOrSchedule,
   *,
-  b1: float = 0.9,
-  b2: float = 0.999,
+  b1: optax.ScalarOrSchedule = 0.9,
+  b2: optax.ScalarOrSchedule = 0.999,
   eps: float = 1e-6,
   threshold: float = 5000.0,
   reset_every: int = 500,
@@ -247,6 +234,7 @@ def spam(
   density: float | None = None,
   seed: int = 0,
   weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: groups.Mask = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -267,6 +255,7 @@ def spam(
     seed: as for `scale_by_spam`.
     weight_decay: decoupled decay of everything not labelled "vector", of
       entries without moments too, a value or a schedule.
+    weight_decay_mask: as for `muon`.
     cautious: whether entries decay only where the update shrinks them already
       (`add_cautious_decay`).
     labels: a pytree of labels or a function of the parameters giving one;
@@ -296,6 +285,7 @@ def spam(
     learning_rate,
     method="SPAM",
     weight_decay=weight_decay,
+    weight_decay_mask=weight_decay_mask,
     cautious=cautious,
     labels=labels,
   )

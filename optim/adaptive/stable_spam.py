@@ -58,14 +58,15 @@ class StableSpamState(NamedTuple):
   nu: optax.Updates
 
 
+@arguments.checked("Stable-SPAM")
 def scale_by_stable_spam(
   *,
-  b1: float = 0.9,
-  b2: float = 0.999,
+  b1: optax.ScalarOrSchedule = 0.9,
+  b2: optax.ScalarOrSchedule = 0.999,
   eps: float = 1e-8,
-  clip_decay: float = 0.999,
-  norm_b1: float = 0.7,
-  norm_b2: float = 0.9,
+  clip_decay: optax.ScalarOrSchedule = 0.999,
+  norm_b1: optax.ScalarOrSchedule = 0.7,
+  norm_b2: optax.ScalarOrSchedule = 0.9,
   momentum_scale: optax.ScalarOrSchedule = 1.0,
   reset_every: int = 1000,
   matrix_axes: matrices.Spec = None,
@@ -94,12 +95,12 @@ def scale_by_stable_spam(
   layers, experts) are a batch.
 
   Args:
-    b1: decay of m.
-    b2: decay of v.
+    b1: decay of m, a value or a schedule of the steps so far.
+    b2: decay of v, the same.
     eps: Adam's epsilon.
-    clip_decay: decay of h.
-    norm_b1: decay of a, γ₁.
-    norm_b2: decay of r², γ₂.
+    clip_decay: decay of h, a value or a schedule of the steps so far.
+    norm_b1: decay of a, γ₁, the same.
+    norm_b2: decay of r², γ₂, the same.
     momentum_scale: s, a value or a schedule of the steps so far. The paper's
       falls from 1 to 0.5: `optax.cosine_decay_schedule(1.0, steps, 0.5)`.
     reset_every: steps from one reset to the next; 0 is never.
@@ -115,18 +116,6 @@ def scale_by_stable_spam(
     ValueError: an argument out of range; on init or update, `matrix_axes` or
       labels that do not fit.
   """
-  for name, value in (
-    ("b1", b1),
-    ("b2", b2),
-    ("clip_decay", clip_decay),
-    ("norm_b1", norm_b1),
-    ("norm_b2", norm_b2),
-  ):
-    arguments.check_decay_rate(name, value)
-  arguments.check_at_least("eps", eps, 0)
-  arguments.check_at_least("momentum_scale", momentum_scale, 0)
-  if not isinstance(reset_every, jax.Array):
-    arguments.check_whole("reset_every", reset_every, 0)
 
   def init(params):
     wide = numerics.zeros_like(params)
@@ -152,39 +141,41 @@ def scale_by_stable_spam(
   def update(updates, state):
     since, _ = moments.since_reset(state.count, reset_every)
     keep = lambda x: jnp.where(since == 0, 0, x)
-    scale = momentum_scale
-    if callable(scale):
-      scale = jnp.asarray(scale(state.count), jnp.float32)
+    scale, *decays = (
+      arguments.value_at(x, state.count)
+      for x in (momentum_scale, b1, b2, clip_decay, norm_b1, norm_b2)
+    )
+    first, second, of_largest, of_norm, of_square = decays
     old = state.weights
     weights = Weights(
-      largest=moments.average(clip_decay, old.largest, 1),
-      norm=moments.average(norm_b1 * scale, old.norm, 1),
-      norm_rms=moments.average(norm_b2, old.norm_rms, 1),
-      mu=moments.average(b1 * scale, keep(old.mu), 1),
-      nu=moments.average(b2, keep(old.nu), 1),
+      largest=numerics.average(of_largest, old.largest, 1),
+      norm=numerics.average(of_norm * scale, old.norm, 1),
+      norm_rms=numerics.average(of_square, old.norm_rms, 1),
+      mu=numerics.average(first * scale, keep(old.mu), 1),
+      nu=numerics.average(second, keep(old.nu), 1),
     )
 
     def one(g, over, largest, norm, norm_rms, m, v):
       g = g.astype(m.dtype)
       # 1.
       top = jnp.max(jnp.abs(g), axis=over, keepdims=True)
-      largest = moments.average(clip_decay, largest, top)
+      largest = numerics.average(of_largest, largest, top)
       bound = largest / weights.largest
-      g = jnp.where(jnp.abs(g) > bound, g * (bound / _nonzero(top)), g)
+      g = jnp.where(jnp.abs(g) > bound, g * (bound / numerics.nonzero(top)), g)
       # 2. Relative to the largest entry, squares stay in range.
       top = jnp.minimum(top, bound)
-      g = g / _nonzero(top)
+      g = g / numerics.nonzero(top)
       length = jnp.sqrt(jnp.sum(g * g, axis=over, keepdims=True))
-      norm = moments.average(norm_b1 * scale, norm, length * top)
-      norm_rms = _average_rms(norm_b2, norm_rms, length * top)
-      ratio = (norm / weights.norm) / _nonzero(
+      norm = numerics.average(of_norm * scale, norm, length * top)
+      norm_rms = _average_rms(of_square, norm_rms, length * top)
+      ratio = (norm / weights.norm) / numerics.nonzero(
         norm_rms / jnp.sqrt(weights.norm_rms)
       )
-      g = g / _nonzero(length) * ratio
+      g = g / numerics.nonzero(length) * ratio
       # 3 and 4.
-      m = moments.average(b1 * scale, keep(m), g)
-      v = moments.average(b2, keep(v), g * g)
-      u = (m / weights.mu) / (jnp.sqrt(v / weights.nu) + eps)
+      m = numerics.average(first * scale, keep(m), g)
+      v = numerics.average(second, keep(v), g * g)
+      u = (m / weights.mu) / numerics.nonzero(jnp.sqrt(v / weights.nu) + eps)
       return u, largest, norm, norm_rms, m, v
 
     grads, treedef = jax.tree.flatten(updates)
@@ -199,18 +190,10 @@ def scale_by_stable_spam(
   return assembly.direction(init, update)
 
 
-def _nonzero(x: jax.Array) -> jax.Array:
-  """A divisor for what is 0 where x is.
-
-  Not the smallest number, for compilers multiply divisors with each other.
-  """
-  return jnp.where(x > 0, x, 1)
-
-
 def _average_rms(decay: Any, old: jax.Array, new: jax.Array) -> jax.Array:
   """sqrt(decay old² + (1 - decay) new²) without overflow or underflow."""
-  size = _nonzero(jnp.maximum(old, new))
-  square = moments.average(decay, (old / size) ** 2, (new / size) ** 2)
+  size = numerics.nonzero(jnp.maximum(old, new))
+  square = numerics.average(decay, (old / size) ** 2, (new / size) ** 2)
   return size * jnp.sqrt(square)
 
 
@@ -238,18 +221,20 @@ def _tensor_axes(
   return out
 
 
+@arguments.checked()
 def stable_spam(
   learning_rate: optax.ScalarOrSchedule,
   *,
-  b1: float = 0.9,
-  b2: float = 0.999,
+  b1: optax.ScalarOrSchedule = 0.9,
+  b2: optax.ScalarOrSchedule = 0.999,
   eps: float = 1e-8,
-  clip_decay: float = 0.999,
-  norm_b1: float = 0.7,
-  norm_b2: float = 0.9,
+  clip_decay: optax.ScalarOrSchedule = 0.999,
+  norm_b1: optax.ScalarOrSchedule = 0.7,
+  norm_b2: optax.ScalarOrSchedule = 0.9,
   momentum_scale: optax.ScalarOrSchedule = 1.0,
   reset_every: int = 1000,
   weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: groups.Mask = None,
   matrix_axes: matrices.Spec = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
@@ -269,6 +254,7 @@ def stable_spam(
     reset_every: as for `scale_by_stable_spam`.
     weight_decay: decoupled decay of everything not labelled "vector", a value
       or a schedule.
+    weight_decay_mask: as for `muon`.
     matrix_axes: as for `scale_by_stable_spam`.
     cautious: whether entries decay only where the update shrinks them already
       (`add_cautious_decay`).
@@ -298,6 +284,7 @@ def stable_spam(
     learning_rate,
     method="Stable-SPAM",
     weight_decay=weight_decay,
+    weight_decay_mask=weight_decay_mask,
     cautious=cautious,
     labels=labels,
   )

@@ -29,6 +29,7 @@ class ApolloState(NamedTuple):
     nu: second moments, the same.
     norm: Frobenius norm of each matrix's last update, [batch...]; of the
       release without bias correction.
+    weights: sums of the weights in `mu` and `nu`, for the bias corrections.
   """
 
   count: jax.Array
@@ -36,20 +37,10 @@ class ApolloState(NamedTuple):
   mu: Any
   nu: Any
   norm: Any
+  weights: moments.Weights
 
 
-def _check(rank, update_interval, scale, granularity, limit, b1, b2, eps):
-  projection.check_rank("rank", rank)
-  projection.check_interval("update_interval", update_interval)
-  arguments.check_at_least("scale", scale, 0)
-  projection.check_choice("granularity", granularity, _GRANULARITIES)
-  if limit is not None:
-    arguments.check_at_least("growth_limit", limit, 1)
-  arguments.check_decay_rate("b1", b1)
-  arguments.check_decay_rate("b2", b2)
-  arguments.check_at_least("eps", eps, 0)
-
-
+@arguments.checked("APOLLO")
 def scale_by_apollo(
   *,
   rank: int | float = 0.25,
@@ -58,8 +49,8 @@ def scale_by_apollo(
   granularity: str = "channel",
   growth_limit: float | None = 1.01,
   released: bool = False,
-  b1: float = 0.9,
-  b2: float = 0.999,
+  b1: optax.ScalarOrSchedule = 0.9,
+  b2: optax.ScalarOrSchedule = 0.999,
   eps: float = 1e-6,
   seed: int = 0,
   matrix_axes: matrices.Spec = None,
@@ -99,8 +90,8 @@ def scale_by_apollo(
     granularity: "channel" or "tensor".
     growth_limit: γ; None for no limit.
     released: whether to compute what the release does.
-    b1: Adam's first decay.
-    b2: Adam's second decay.
+    b1: Adam's first decay, a value or a schedule of the steps so far.
+    b2: Adam's second decay, the same.
     eps: Adam's epsilon.
     seed: of the projections, which depend on it, the number of the interval
       and the position of the matrix among those that the method gets.
@@ -113,7 +104,7 @@ def scale_by_apollo(
   Raises:
     ValueError: as `scale_by_galore`.
   """
-  _check(rank, update_interval, scale, granularity, growth_limit, b1, b2, eps)
+  projection.check_choice("granularity", granularity, _GRANULARITIES)
 
   def init(params):
     layout = projection.Layout.of(params, matrix_axes, "APOLLO", warn=True)
@@ -131,6 +122,7 @@ def scale_by_apollo(
       mu=layout.pack(low),
       nu=layout.pack([jnp.zeros_like(x) for x in low]),
       norm=layout.pack(norms),
+      weights=moments.no_weights(low),
     )
 
   def update(updates, state):
@@ -145,9 +137,9 @@ def scale_by_apollo(
       shape = projection.basis_shape(g.shape, r)
       p = jax.random.normal(jax.random.fold_in(key, i), shape, g.dtype)
       low.append(projection.down(p, g) / r**0.5)
-    count = optax.safe_increment(state.count)
+    weights, decays = moments.weigh(state.weights, state.count, b1=b1, b2=b2)
     directions, (mu, nu) = moments.adam(
-      low, (mu, nu), count, b1=b1, b2=b2, eps=eps, released=released
+      low, (mu, nu), weights, decays, eps=eps, released=released
     )
     out, norms = [], []
     for g, r, psi, before in zip(
@@ -161,18 +153,24 @@ def scale_by_apollo(
         factor * g,
         before,
         growth_limit,
-        moments.correction(b1, b2, count, g.dtype) if released else 1,
+        moments.correction(weights, g.dtype) if released else 1,
       )
       out.append(jnp.sqrt(jnp.asarray(scale, g.dtype)) * scaled)
       norms.append(after)
     new = ApolloState(
-      count, state.key, layout.pack(mu), layout.pack(nu), layout.pack(norms)
+      optax.safe_increment(state.count),
+      state.key,
+      layout.pack(mu),
+      layout.pack(nu),
+      layout.pack(norms),
+      weights,
     )
     return layout.join(out), new
 
   return assembly.direction(init, update)
 
 
+@arguments.checked()
 def apollo(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -182,11 +180,12 @@ def apollo(
   granularity: str = "channel",
   growth_limit: float | None = 1.01,
   released: bool = False,
-  b1: float = 0.9,
-  b2: float = 0.999,
+  b1: optax.ScalarOrSchedule = 0.9,
+  b2: optax.ScalarOrSchedule = 0.999,
   eps: float = 1e-6,
   seed: int = 0,
   weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: groups.Mask = None,
   matrix_axes: matrices.Spec = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
@@ -211,6 +210,7 @@ def apollo(
     seed: as for `scale_by_apollo`.
     weight_decay: decoupled decay of everything not labelled "vector", a value
       or a schedule.
+    weight_decay_mask: as for `muon`.
     matrix_axes: as for `scale_by_muon`.
     cautious: as for `muon`.
     labels: as for `muon`; APOLLO takes the leaves labelled "matrix".
@@ -239,12 +239,14 @@ def apollo(
     learning_rate,
     method="APOLLO",
     weight_decay=weight_decay,
+    weight_decay_mask=weight_decay_mask,
     cautious=cautious,
     labels=labels,
     fallback=fallback,
   )
 
 
+@arguments.checked()
 def apollo_mini(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -252,11 +254,12 @@ def apollo_mini(
   scale: float = 128.0,
   growth_limit: float | None = 1.01,
   released: bool = False,
-  b1: float = 0.9,
-  b2: float = 0.999,
+  b1: optax.ScalarOrSchedule = 0.9,
+  b2: optax.ScalarOrSchedule = 0.999,
   eps: float = 1e-6,
   seed: int = 0,
   weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: groups.Mask = None,
   matrix_axes: matrices.Spec = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
@@ -277,6 +280,7 @@ def apollo_mini(
     eps: as for `scale_by_apollo`.
     seed: as for `scale_by_apollo`.
     weight_decay: as for `apollo`.
+    weight_decay_mask: as for `muon`.
     matrix_axes: as for `scale_by_muon`.
     cautious: as for `muon`.
     labels: as for `apollo`.
@@ -301,6 +305,7 @@ def apollo_mini(
     eps=eps,
     seed=seed,
     weight_decay=weight_decay,
+    weight_decay_mask=weight_decay_mask,
     matrix_axes=matrix_axes,
     cautious=cautious,
     labels=labels,

@@ -28,6 +28,7 @@ class FiraState(NamedTuple):
   norm: Any
 
 
+@arguments.checked("Fira")
 def scale_by_fira(
   *,
   rank: int | float = 0.25,
@@ -37,8 +38,8 @@ def scale_by_fira(
   released: bool = False,
   basis: str = "eigh",
   on_refresh: str = "keep",
-  b1: float = 0.9,
-  b2: float = 0.999,
+  b1: optax.ScalarOrSchedule = 0.9,
+  b2: optax.ScalarOrSchedule = 0.999,
   eps: float = 1e-6,
   matrix_axes: matrices.Spec = None,
 ) -> optax.GradientTransformation:
@@ -73,8 +74,8 @@ def scale_by_fira(
     released: whether to compute what the release does.
     basis: as for `scale_by_galore`.
     on_refresh: as for `scale_by_galore`.
-    b1: Adam's first decay.
-    b2: Adam's second decay.
+    b1: Adam's first decay, a value or a schedule of the steps so far.
+    b2: Adam's second decay, the same.
     eps: Adam's epsilon.
     matrix_axes: as for `scale_by_muon`.
 
@@ -85,9 +86,7 @@ def scale_by_fira(
   Raises:
     ValueError: as `scale_by_galore`.
   """
-  galore.check(rank, update_interval, basis, on_refresh, b1, b2, eps)
-  if growth_limit is not None:
-    arguments.check_at_least("growth_limit", growth_limit, 1)
+  galore.check(basis, on_refresh)
 
   def init(params):
     layout = projection.Layout.of(params, matrix_axes, "Fira", warn=True)
@@ -110,6 +109,7 @@ def scale_by_fira(
       eps=eps,
       released=released,
     )
+    weights = now.state.weights
     out, norms = [], []
     for g, r, psi, p, before in zip(
       *now[:4], layout.unpack(state.norm), strict=True
@@ -121,7 +121,7 @@ def scale_by_fira(
         factor * residual,
         before,
         growth_limit,
-        moments.correction(b1, b2, now.age, g.dtype) if released else 1,
+        moments.correction(weights, g.dtype) if released else 1,
       )
       out.append(scale * projection.up(p, psi, g.shape) + outside)
       norms.append(after)
@@ -130,6 +130,7 @@ def scale_by_fira(
   return assembly.direction(init, update)
 
 
+@arguments.checked()
 def fira(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -140,10 +141,11 @@ def fira(
   released: bool = False,
   basis: str = "eigh",
   on_refresh: str = "keep",
-  b1: float = 0.9,
-  b2: float = 0.999,
+  b1: optax.ScalarOrSchedule = 0.9,
+  b2: optax.ScalarOrSchedule = 0.999,
   eps: float = 1e-6,
   weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: groups.Mask = None,
   matrix_axes: matrices.Spec = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
@@ -168,6 +170,7 @@ def fira(
     eps: as for `scale_by_galore`.
     weight_decay: decoupled decay of everything not labelled "vector", a value
       or a schedule.
+    weight_decay_mask: as for `muon`.
     matrix_axes: as for `scale_by_muon`.
     cautious: as for `muon`.
     labels: as for `muon`; Fira takes the leaves labelled "matrix".
@@ -196,6 +199,7 @@ def fira(
     learning_rate,
     method="Fira",
     weight_decay=weight_decay,
+    weight_decay_mask=weight_decay_mask,
     cautious=cautious,
     labels=labels,
     fallback=fallback,

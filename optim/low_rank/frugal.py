@@ -6,7 +6,6 @@ Zmushko et al., arXiv 2411.07837, Algorithm 1.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import labels as labels_lib
-from optim import arguments, assembly, groups, matrices
+from optim import arguments, assembly, groups, matrices, numerics
 from optim.low_rank import moments
 from optim.low_rank import projection as projection_lib
 
@@ -34,6 +33,7 @@ class FrugalState(NamedTuple):
       otherwise orthonormal bases, as in `GaloreState`.
     mu: first moments of what is projected.
     nu: second moments, the same.
+    weights: sums of the weights in `mu` and `nu`, for the bias corrections.
   """
 
   count: jax.Array
@@ -41,21 +41,7 @@ class FrugalState(NamedTuple):
   projector: Any
   mu: Any
   nu: Any
-
-
-def _check(density, projection, update_interval, rest, rate, b1, b2, eps):
-  if not isinstance(density, numbers.Real) or not 0 < density <= 1:
-    raise ValueError(
-      f"density must be a number in (0, 1], got {density!r}; it fixes shapes, "
-      'so optax.inject_hyperparams needs static_args=("density",)'
-    )
-  projection_lib.check_choice("projection", projection, _PROJECTIONS)
-  projection_lib.check_interval("update_interval", update_interval)
-  projection_lib.check_choice("rest", rest, _REST)
-  arguments.check_at_least("rest_scale", rate, 0)
-  arguments.check_decay_rate("b1", b1)
-  arguments.check_decay_rate("b2", b2)
-  arguments.check_at_least("eps", eps, 0)
+  weights: moments.Weights
 
 
 def _share(density: float, number: int) -> int:
@@ -143,6 +129,7 @@ def _join(kind, p, g, r, direction, rest) -> jax.Array:
   return projection_lib.up(p, direction, g.shape) + rest(outside)
 
 
+@arguments.checked("FRUGAL")
 def scale_by_frugal(
   *,
   density: float = 0.25,
@@ -150,8 +137,8 @@ def scale_by_frugal(
   update_interval: int = 200,
   rest: str = "sign",
   rest_scale: float = 1.0,
-  b1: float = 0.9,
-  b2: float = 0.999,
+  b1: optax.ScalarOrSchedule = 0.9,
+  b2: optax.ScalarOrSchedule = 0.999,
   eps: float = 1e-8,
   seed: int = 0,
   matrix_axes: matrices.Spec = None,
@@ -182,8 +169,8 @@ def scale_by_frugal(
       as 0.
     rest_scale: κ, of the rest; the paper has 1 for pre-training and 0.1 for
       fine-tuning.
-    b1: Adam's first decay.
-    b2: Adam's second decay.
+    b1: Adam's first decay, a value or a schedule of the steps so far.
+    b2: Adam's second decay, the same.
     eps: Adam's epsilon.
     seed: of the random choices, which depend on it, the step and the position
       of the matrix among those that the method gets.
@@ -198,10 +185,11 @@ def scale_by_frugal(
       than two dimensions, one that holds a single matrix where blocks are
       chosen, or `matrix_axes` that do not fit.
   """
-  _check(density, projection, update_interval, rest, rest_scale, b1, b2, eps)
+  projection_lib.check_choice("projection", projection, _PROJECTIONS)
+  projection_lib.check_choice("rest", rest, _REST)
 
   def of_rest(g):
-    return rest_scale * (jnp.sign(g) if rest == "sign" else g)
+    return rest_scale * (numerics.sign(g) if rest == "sign" else g)
 
   def init(params):
     layout = projection_lib.Layout.of(params, matrix_axes, "FRUGAL", warn=True)
@@ -217,6 +205,7 @@ def scale_by_frugal(
       projector=layout.pack(projectors),
       mu=layout.pack(low),
       nu=layout.pack([jnp.zeros_like(x) for x in low]),
+      weights=moments.no_weights(low),
     )
 
   def update(updates, state):
@@ -235,9 +224,10 @@ def scale_by_frugal(
       "reset",
     )
     low = [_down(projection, p, g) for p, g in zip(chosen, grads, strict=True)]
-    directions, (mu, nu) = moments.adam(
-      low, held, age + 1, b1=b1, b2=b2, eps=eps
+    weights, decays = moments.weigh(
+      state.weights, state.count, b1=b1, b2=b2, restart=age == 0
     )
+    directions, (mu, nu) = moments.adam(low, held, weights, decays, eps=eps)
     out = [
       _join(projection, p, g, r, d, of_rest)
       for p, g, r, d in zip(chosen, grads, low, directions, strict=True)
@@ -248,12 +238,14 @@ def scale_by_frugal(
       projector=layout.pack(chosen),
       mu=layout.pack(mu),
       nu=layout.pack(nu),
+      weights=weights,
     )
     return layout.join(out), new
 
   return assembly.direction(init, update)
 
 
+@arguments.checked()
 def frugal(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -262,11 +254,12 @@ def frugal(
   update_interval: int = 200,
   rest: str = "sign",
   rest_scale: float = 1.0,
-  b1: float = 0.9,
-  b2: float = 0.999,
+  b1: optax.ScalarOrSchedule = 0.9,
+  b2: optax.ScalarOrSchedule = 0.999,
   eps: float = 1e-8,
   seed: int = 0,
   weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: groups.Mask = None,
   matrix_axes: matrices.Spec = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
@@ -290,6 +283,7 @@ def frugal(
     seed: as for `scale_by_frugal`.
     weight_decay: decoupled decay of everything not labelled "vector", a value
       or a schedule.
+    weight_decay_mask: as for `muon`.
     matrix_axes: as for `scale_by_muon`.
     cautious: as for `muon`.
     labels: as for `muon`; FRUGAL takes the leaves labelled "matrix".
@@ -317,6 +311,7 @@ def frugal(
     learning_rate,
     method="FRUGAL",
     weight_decay=weight_decay,
+    weight_decay_mask=weight_decay_mask,
     cautious=cautious,
     labels=labels,
     fallback=fallback,

@@ -29,23 +29,20 @@ class GaloreState(NamedTuple):
     mu: first moments in the subspaces, [batch..., r, d_out] or
       [batch..., d_in, r]; r L numbers.
     nu: second moments, the same.
+    weights: sums of the weights in `mu` and `nu`, for the bias corrections.
   """
 
   count: jax.Array
   projector: Any
   mu: Any
   nu: Any
+  weights: moments.Weights
 
 
-def check(rank, update_interval, basis, on_refresh, b1, b2, eps) -> None:
+def check(basis, on_refresh) -> None:
   """Checks what GaLore and Fira have in common."""
-  projection.check_rank("rank", rank)
-  projection.check_interval("update_interval", update_interval)
   projection.check_choice("basis", basis, projection.BASES)
   projection.check_choice("on_refresh", on_refresh, projection.ON_REFRESH)
-  arguments.check_decay_rate("b1", b1)
-  arguments.check_decay_rate("b2", b2)
-  arguments.check_at_least("eps", eps, 0)
 
 
 def init_state(layout: projection.Layout, rank: int | float) -> GaloreState:
@@ -60,6 +57,7 @@ def init_state(layout: projection.Layout, rank: int | float) -> GaloreState:
     projector=layout.pack(bases),
     mu=layout.pack(low),
     nu=layout.pack([jnp.zeros_like(x) for x in low]),
+    weights=moments.no_weights(low),
   )
 
 
@@ -70,7 +68,6 @@ class Step(NamedTuple):
   low: list[jax.Array]
   directions: list[jax.Array]
   bases: list[jax.Array]
-  age: jax.Array
   state: GaloreState
 
 
@@ -111,18 +108,28 @@ def step(
     [g.shape for g in grads],
     on_refresh,
   )
-  count = optax.safe_increment(state.count)
-  age = count
-  if on_refresh == "reset":
-    age = state.count % update_interval + 1
+  weights, decays = moments.weigh(
+    state.weights,
+    state.count,
+    b1=b1,
+    b2=b2,
+    restart=due & (on_refresh == "reset"),
+  )
   low = [projection.down(p, g) for p, g in zip(bases, grads, strict=True)]
   directions, (mu, nu) = moments.adam(
-    low, carried, age, b1=b1, b2=b2, eps=eps, released=released
+    low, carried, weights, decays, eps=eps, released=released
   )
-  new = GaloreState(count, layout.pack(bases), layout.pack(mu), layout.pack(nu))
-  return Step(grads, low, directions, bases, age, new)
+  new = GaloreState(
+    optax.safe_increment(state.count),
+    layout.pack(bases),
+    layout.pack(mu),
+    layout.pack(nu),
+    weights,
+  )
+  return Step(grads, low, directions, bases, new)
 
 
+@arguments.checked("GaLore")
 def scale_by_galore(
   *,
   rank: int | float = 0.25,
@@ -130,8 +137,8 @@ def scale_by_galore(
   scale: float = 0.25,
   basis: str = "eigh",
   on_refresh: str = "keep",
-  b1: float = 0.9,
-  b2: float = 0.999,
+  b1: optax.ScalarOrSchedule = 0.9,
+  b2: optax.ScalarOrSchedule = 0.999,
   eps: float = 1e-6,
   matrix_axes: matrices.Spec = None,
 ) -> optax.GradientTransformation:
@@ -170,8 +177,8 @@ def scale_by_galore(
       worse.
     on_refresh: what becomes of the moments, which belong to the old basis:
       "keep" as in the paper, "reset" to zero, "rotate" into the new one.
-    b1: Adam's first decay.
-    b2: Adam's second decay.
+    b1: Adam's first decay, a value or a schedule of the steps so far.
+    b2: Adam's second decay, the same.
     eps: Adam's epsilon.
     matrix_axes: as for `scale_by_muon`.
 
@@ -184,7 +191,7 @@ def scale_by_galore(
       than two dimensions, one with a side smaller than `rank`, or
       `matrix_axes` that do not fit.
   """
-  check(rank, update_interval, basis, on_refresh, b1, b2, eps)
+  check(basis, on_refresh)
 
   def init(params):
     layout = projection.Layout.of(params, matrix_axes, "GaLore", warn=True)
@@ -212,6 +219,7 @@ def scale_by_galore(
   return assembly.direction(init, update)
 
 
+@arguments.checked()
 def galore(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -220,10 +228,11 @@ def galore(
   scale: float = 0.25,
   basis: str = "eigh",
   on_refresh: str = "keep",
-  b1: float = 0.9,
-  b2: float = 0.999,
+  b1: optax.ScalarOrSchedule = 0.9,
+  b2: optax.ScalarOrSchedule = 0.999,
   eps: float = 1e-6,
   weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: groups.Mask = None,
   matrix_axes: matrices.Spec = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
@@ -246,6 +255,7 @@ def galore(
     eps: as for `scale_by_galore`.
     weight_decay: decoupled decay of everything not labelled "vector", a value
       or a schedule.
+    weight_decay_mask: as for `muon`.
     matrix_axes: as for `scale_by_muon`.
     cautious: as for `muon`.
     labels: as for `muon`; GaLore takes the leaves labelled "matrix".
@@ -272,6 +282,7 @@ def galore(
     learning_rate,
     method="GaLore",
     weight_decay=weight_decay,
+    weight_decay_mask=weight_decay_mask,
     cautious=cautious,
     labels=labels,
     fallback=fallback,

@@ -3,12 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optim import numerics
+from optim import arguments, numerics
+
+
+class Weights(NamedTuple):
+  """Sums of the weights of the gradients in the moments so far, scalars.
+
+  They are what bias corrections divide by: 1 - b1^t with a constant decay, and
+  right for any schedule.
+
+  Attributes:
+    mu: of the first moments.
+    nu: of the second moments.
+  """
+
+  mu: jax.Array
+  nu: jax.Array
+
+
+class Decays(NamedTuple):
+  """Adam's decays at a step."""
+
+  b1: Any
+  b2: Any
+
+
+def no_weights(parts: Sequence[Any]) -> Weights:
+  """Zeros of the widest dtype of the moments, float32 at least."""
+  dtype = jnp.result_type(jnp.float32, *(x.dtype for x in parts))
+  return Weights(jnp.zeros((), dtype), jnp.zeros((), dtype))
+
+
+def weigh(
+  weights: Weights,
+  count: jax.Array,
+  *,
+  b1: Any,
+  b2: Any,
+  restart: jax.Array | bool = False,
+) -> tuple[Weights, Decays]:
+  """The weights after one more gradient, and that step's decays.
+
+  Args:
+    weights: those before.
+    count: the steps before, for decays that are schedules.
+    b1: decay of the first moments.
+    b2: decay of the second moments.
+    restart: whether the moments begin again from zero.
+  """
+  decays = Decays(*(arguments.value_at(x, count) for x in (b1, b2)))
+  sums = (
+    numerics.average(decay, jnp.where(restart, 0, old), 1)
+    for decay, old in zip(decays, weights, strict=True)
+  )
+  return Weights(*sums), decays
 
 
 def limited(grads: Sequence[jax.Array]) -> list[jax.Array]:
@@ -22,10 +75,9 @@ def limited(grads: Sequence[jax.Array]) -> list[jax.Array]:
 def adam(
   grads: Sequence[jax.Array],
   moments: tuple[Sequence[jax.Array], Sequence[jax.Array]],
-  age: jax.Array,
+  weights: Weights,
+  decays: Decays,
   *,
-  b1: Any,
-  b2: Any,
   eps: Any,
   released: bool = False,
 ) -> tuple[list[jax.Array], tuple[list[jax.Array], list[jax.Array]]]:
@@ -34,9 +86,8 @@ def adam(
   Args:
     grads: projected gradients.
     moments: first and second moments, like the gradients.
-    age: int32, updates that the moments have seen, this one included.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
+    weights: of the moments with these gradients, as `weigh` gives.
+    decays: as `weigh` gives.
     eps: added to the root of the second moment.
     released: whether it is added before the bias correction, as in the
       releases, and so is 1 / sqrt(1 - b2^age) times as large.
@@ -46,15 +97,14 @@ def adam(
   """
   directions, first, second = [], [], []
   for g, m, v in zip(grads, *moments, strict=True):
-    b1_, b2_, eps_ = (jnp.asarray(x, g.dtype) for x in (b1, b2, eps))
-    m = b1_ * m + (1 - b1_) * g
-    v = b2_ * v + (1 - b2_) * g * g
-    steps = age.astype(g.dtype)
-    corrected = m / (1 - b1_**steps)
-    root = jnp.sqrt(v / (1 - b2_**steps))
+    m = numerics.average(decays.b1, m, g)
+    v = numerics.average(decays.b2, v, g * g)
+    mu, nu = (x.astype(g.dtype) for x in weights)
+    added = jnp.asarray(eps, g.dtype)
     if released:
-      eps_ = eps_ / jnp.sqrt(1 - b2_**steps)
-    directions.append(corrected / (root + eps_))
+      added = added / jnp.sqrt(nu)
+    root = jnp.sqrt(v / nu) + added
+    directions.append((m / mu) / numerics.nonzero(root))
     first.append(m)
     second.append(v)
   return directions, (first, second)
@@ -81,10 +131,10 @@ def gain(
   return jnp.where(below > 0, above / jnp.where(below > 0, below, 1), 0)
 
 
-def correction(b1: Any, b2: Any, age: jax.Array, dtype: Any) -> jax.Array:
-  """Adam's bias correction of a step: sqrt(1 - b2^age) / (1 - b1^age)."""
-  b1, b2, steps = (jnp.asarray(x, dtype) for x in (b1, b2, age))
-  return jnp.sqrt(1 - b2**steps) / (1 - b1**steps)
+def correction(weights: Weights, dtype: Any) -> jax.Array:
+  """Adam's bias correction of a step: sqrt(1 - b2^t) / (1 - b1^t)."""
+  mu, nu = (x.astype(dtype) for x in weights)
+  return jnp.sqrt(nu) / mu
 
 
 def limit_growth(

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import paths, sequencing
-from optim import arguments, matrices, numerics
+from optim import matrices, numerics
 
 BASES = ("eigh", "svd", "randomized")
 ON_REFRESH = ("keep", "reset", "rotate")
@@ -42,27 +42,6 @@ _POWER_ITERATIONS = 2
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def check_rank(name: str, rank: Any) -> None:
-  """Refuses what is neither a whole number from 1 nor a share in (0, 1].
-
-  A whole float above 1 is a number of directions too; 1.0 is a share.
-
-  Raises:
-    ValueError: naming the argument.
-  """
-  ok = isinstance(rank, numbers.Real) and not isinstance(rank, bool)
-  if ok and not isinstance(rank, numbers.Integral):
-    ok = 0 < rank <= 1 or (rank > 1 and float(rank).is_integer())
-  elif ok:
-    ok = rank >= 1
-  if not ok:
-    raise ValueError(
-      f"{name} must be a whole number of at least 1, or a share in (0, 1] of "
-      f"each matrix's smaller side, got {rank!r}; it fixes shapes, so "
-      f'optax.inject_hyperparams needs static_args=("{name}",)'
-    )
-
-
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
   """Refuses what is not one of `allowed`.
 
@@ -71,16 +50,6 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
   """
   if value not in allowed:
     raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}")
-
-
-def check_interval(name: str, value: Any) -> None:
-  """Refuses plain numbers that are no count of steps; arrays pass.
-
-  Raises:
-    ValueError: naming the argument.
-  """
-  if isinstance(value, numbers.Number):
-    arguments.check_whole(name, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +168,7 @@ def rank_of(rank: int | float, name: str, shape: Sequence[int]) -> int:
   """The rank for matrices of a shape.
 
   Args:
-    rank: as accepted by `check_rank`; a share is rounded, but not to 0.
+    rank: as for the factories; a share is rounded, but not to 0.
     name: of the leaf, for the message.
     shape: [..., d_in, d_out].
 

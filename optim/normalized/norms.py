@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import paths
-from optim import assembly, matrices, numerics
-from optim.orthogonal import polar
+from optim import arguments, assembly, matrices, numerics
+from optim.orthogonal import polar, schedules
 
 # XLA:CPU sums columns a few at a time, down all rows: where rows are long, each
 # entry is then on a page of its own, and that runs at a twentieth of the
@@ -53,7 +53,8 @@ def _rms_factors(
   """
 
   def least(x):
-    return jnp.finfo(x.dtype).tiny if eps is None else eps
+    tiny = jnp.finfo(x.dtype).tiny
+    return tiny if eps is None else jnp.maximum(jnp.asarray(eps, x.dtype), tiny)
 
   def holds(x, square):
     # What the squares of smaller entries lose is then below rounding.
@@ -102,6 +103,7 @@ def rms_normalize(
   return (x * first) * second
 
 
+@arguments.checked("scale_by_column_norm")
 def scale_by_column_norm(
   *, axis: int = 0, eps: float = 1e-8, matrix_axes: matrices.Spec = None
 ) -> optax.GradientTransformation:
@@ -175,9 +177,11 @@ def scale_by_column_norm(
   return assembly.direction(init, update)
 
 
+@arguments.checked("scale_by_spectral_norm")
 def scale_by_spectral_norm(
   *,
   coefficients: polar.Coefficients = "polar_express",
+  ns_steps: int | None = None,
   ns_dtype: Any = "bfloat16",
   matrix_axes: matrices.Spec = None,
 ) -> optax.GradientTransformation:
@@ -191,6 +195,7 @@ def scale_by_spectral_norm(
 
   Args:
     coefficients: the polynomials, as for `newton_schulz`.
+    ns_steps: the number of polynomials, as `steps` of `newton_schulz`.
     ns_dtype: the dtype of the matrix products, as for `newton_schulz`.
     matrix_axes: as for `scale_by_muon`.
 
@@ -202,9 +207,15 @@ def scale_by_spectral_norm(
       `matrix_axes` that do not fit.
   """
 
+  schedules.check(coefficients, ns_steps)
+
   def direction(parts, sides):
     factors = polar.newton_schulz_list(
-      parts, coefficients=coefficients, dtype=ns_dtype, partitions=sides
+      parts,
+      coefficients=coefficients,
+      steps=ns_steps,
+      dtype=ns_dtype,
+      partitions=sides,
     )
     return [
       math.sqrt(max(x.shape[-2:])) * y.astype(x.dtype)

@@ -14,16 +14,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import labels as labels_lib
-from optim import matrices, numerics
+from optim import arguments, groups, matrices, numerics
+from optim.low_rank import moments
 from optim.normalized import norms
 
 _NORMALIZATIONS = {
   "columns": norms.scale_by_column_norm,
   "rows": functools.partial(norms.scale_by_column_norm, axis=1),
-  "sign": optax.scale_by_sign,
+  "sign": lambda: optax.stateless_with_tree_map(lambda g, p: numerics.sign(g)),
   "spectral": norms.scale_by_spectral_norm,
 }
 
@@ -36,37 +38,89 @@ class MomentumState(NamedTuple):
 
   Attributes:
     momentum: a pytree like the parameters.
+    count: int32, the updates so far.
   """
 
   momentum: optax.Updates
+  count: jax.Array
 
 
-def _scale_by_average(momentum: float) -> optax.GradientTransformation:
-  """M ← momentum M + (1 - momentum) G in float32, without bias correction."""
+class VectorState(NamedTuple):
+  """State of the vectors: Adam's.
+
+  Attributes:
+    count: int32, the updates so far.
+    mu: first moments, a pytree like the parameters.
+    nu: second moments, the same.
+    weights: sums of the weights in `mu` and `nu`, for the bias corrections.
+  """
+
+  count: jax.Array
+  mu: optax.Updates
+  nu: optax.Updates
+  weights: moments.Weights
+
+
+def _scale_by_adam(
+  b1: optax.ScalarOrSchedule, b2: optax.ScalarOrSchedule, eps: Any
+) -> optax.GradientTransformation:
+  """Adam in float32; 0 where no gradient was yet, whatever `eps`."""
 
   def init(params):
-    return MomentumState(numerics.zeros_like(params))
+    zeros = numerics.zeros_like(params)
+    return VectorState(
+      jnp.zeros((), jnp.int32),
+      zeros,
+      jax.tree.map(jnp.zeros_like, zeros),
+      moments.no_weights(jax.tree.leaves(zeros)),
+    )
 
   def update(updates, state, params=None):
     del params
-    average = jax.tree.map(
-      lambda g, m: momentum * m + (1 - momentum) * g.astype(m.dtype),
-      updates,
-      state.momentum,
+    weights, decays = moments.weigh(state.weights, state.count, b1=b1, b2=b2)
+    grads, treedef = jax.tree.flatten(updates)
+    held = tuple(map(treedef.flatten_up_to, (state.mu, state.nu)))
+    out, held = moments.adam(grads, held, weights, decays, eps=eps)
+    return treedef.unflatten(out), VectorState(
+      optax.safe_increment(state.count), *map(treedef.unflatten, held), weights
     )
-    return numerics.cast_like(average, updates), MomentumState(average)
 
   return optax.GradientTransformation(init, update)
 
 
+def _scale_by_average(
+  momentum: optax.ScalarOrSchedule,
+) -> optax.GradientTransformation:
+  """M ← momentum M + (1 - momentum) G in float32, without bias correction."""
+
+  def init(params):
+    return MomentumState(numerics.zeros_like(params), jnp.zeros((), jnp.int32))
+
+  def update(updates, state, params=None):
+    del params
+    rate = arguments.value_at(momentum, state.count)
+    average = jax.tree.map(
+      lambda g, m: numerics.average(rate, m, g.astype(m.dtype)),
+      updates,
+      state.momentum,
+    )
+    return numerics.cast_like(average, updates), MomentumState(
+      average, optax.safe_increment(state.count)
+    )
+
+  return optax.GradientTransformation(init, update)
+
+
+@arguments.checked("column_normalized_sgd")
 def column_normalized_sgd(
   learning_rate: optax.ScalarOrSchedule,
   *,
-  momentum: float = 0.9,
+  momentum: optax.ScalarOrSchedule = 0.9,
   weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: groups.Mask = None,
   vector_learning_rate: optax.ScalarOrSchedule | None = None,
-  vector_b1: float = 0.9,
-  vector_b2: float = 0.999,
+  vector_b1: optax.ScalarOrSchedule = 0.9,
+  vector_b2: optax.ScalarOrSchedule = 0.999,
   vector_eps: float = 1e-8,
   normalization: str = "columns",
   momentum_on: Sequence[str] = ("head",),
@@ -88,12 +142,13 @@ def column_normalized_sgd(
 
   Args:
     learning_rate: a value or a schedule.
-    momentum: decay of the moving average.
+    momentum: decay of the moving average, a value or a schedule.
     weight_decay: decoupled decay λ, a value or a schedule.
+    weight_decay_mask: as for `muon`; vectors that it names decay too.
     vector_learning_rate: Adam's, a value or a schedule; default
       `learning_rate`. The paper's models take about 20 times that.
-    vector_b1: Adam's first decay.
-    vector_b2: Adam's second decay.
+    vector_b1: Adam's first decay, a value or a schedule of the steps so far.
+    vector_b2: Adam's second decay, the same.
     vector_eps: Adam's epsilon.
     normalization: C, with updates of the root mean square 1: "columns" and
       "rows" divide by the root mean square over the fan-in and the fan-out
@@ -140,27 +195,30 @@ def column_normalized_sgd(
     kinds |= dict.fromkeys(momentum_on, "averaged") | {"vector": "vector"}
     return jax.tree.map(kinds.get, labels_lib.resolve(labels, params))
 
-  def step(*first):
-    return optax.chain(
-      *first,
-      normalize(),
-      optax.add_decayed_weights(weight_decay),
-      optax.scale_by_learning_rate(learning_rate),
-    )
-
   if vector_learning_rate is None:
     vector_learning_rate = learning_rate
-  vector = optax.adam(
-    vector_learning_rate, b1=vector_b1, b2=vector_b2, eps=vector_eps
-  )
-  transforms = {
-    "plain": step(),
-    "averaged": step(_scale_by_average(momentum)),
-    "vector": vector,
-  }
-  tx = optax.partition(
-    {k: numerics.in_float32(tx) for k, tx in transforms.items()}, group
-  )
+
+  def build(mask):
+    def step(*first):
+      direction = optax.chain(*first, normalize())
+      return groups.descent(direction, learning_rate, weight_decay, mask=mask)
+
+    vector = groups.descent(
+      _scale_by_adam(vector_b1, vector_b2, vector_eps),
+      vector_learning_rate,
+      0.0 if mask is None else weight_decay,
+      mask=mask,
+    )
+    transforms = {
+      "plain": step(),
+      "averaged": step(_scale_by_average(momentum)),
+      "vector": vector,
+    }
+    return optax.partition(
+      {k: numerics.in_float32(tx) for k, tx in transforms.items()}, group
+    )
+
+  tx = groups.of_masks(build, weight_decay_mask)
 
   def init(params):
     if labels is None:
@@ -182,6 +240,6 @@ def _check_momentum(params: Any, momentum_on: Sequence[str]) -> None:
     "head, or momentum_on=() for none; optim.describe_labels prints all labels."
   )
   if "embedding" in kinds:
-    warnings.warn(message, stacklevel=3)
+    warnings.warn(message, stacklevel=4)
   else:  # Part of a model, or one that may well have no head.
     logging.getLogger(__name__).warning(message)

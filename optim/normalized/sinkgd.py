@@ -13,6 +13,7 @@ from optim import arguments, groups, matrices
 from optim.normalized import norms
 
 
+@arguments.checked("SinkGD")
 def scale_by_sinkgd(
   *,
   iterations: int = 5,
@@ -46,8 +47,6 @@ def scale_by_sinkgd(
       fewer than two dimensions or `matrix_axes` that do not fit.
   """
   along = norms.axis_of_rows(rows)
-  if not isinstance(iterations, jax.Array):
-    arguments.check_whole("iterations", iterations)
 
   def alternate(_, x):
     return norms.rms_normalize(norms.rms_normalize(x, along), -3 - along)
@@ -59,6 +58,7 @@ def scale_by_sinkgd(
   return norms.map_matrices(direction, matrix_axes, "SinkGD")
 
 
+@arguments.checked()
 def sinkgd(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -66,6 +66,7 @@ def sinkgd(
   alpha: float = 0.05,
   rows: str = "outputs",
   weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: groups.Mask = None,
   matrix_axes: matrices.Spec = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
@@ -87,6 +88,7 @@ def sinkgd(
     rows: as for `scale_by_sinkgd`.
     weight_decay: decoupled decay of everything not labelled "vector", a value
       or a schedule.
+    weight_decay_mask: as for `muon`.
     matrix_axes: as for `scale_by_muon`.
     cautious: whether the matrices decay only where the update shrinks them
       already (`add_cautious_decay`).
@@ -99,7 +101,6 @@ def sinkgd(
   Raises:
     ValueError: as `scale_by_sinkgd` and `label_params`.
   """
-  arguments.check_at_least("alpha", alpha, 0)
   return groups.for_matrices(
     optax.chain(
       scale_by_sinkgd(
@@ -110,6 +111,7 @@ def sinkgd(
     learning_rate,
     method="SinkGD",
     weight_decay=weight_decay,
+    weight_decay_mask=weight_decay_mask,
     cautious=cautious,
     labels=labels,
     fallback=fallback,

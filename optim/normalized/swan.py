@@ -13,14 +13,16 @@ import optax
 from jaxlib_ext import labels as labels_lib
 from optim import arguments, groups, matrices
 from optim.normalized import norms
-from optim.orthogonal import polar
+from optim.orthogonal import polar, schedules
 
 
+@arguments.checked("SWAN")
 def scale_by_swan(
   *,
   center: bool = False,
   rows: str = "outputs",
   coefficients: polar.Coefficients = "exact",
+  ns_steps: int | None = None,
   ns_dtype: Any = "float32",
   matrix_axes: matrices.Spec = None,
 ) -> optax.GradientTransformation:
@@ -49,6 +51,7 @@ def scale_by_swan(
       "inputs".
     coefficients: the polynomials, as for `newton_schulz`. The default
       whitens to rounding; "polar_express" with bfloat16 costs what Muon does.
+    ns_steps: the number of polynomials, as `steps` of `newton_schulz`.
     ns_dtype: the dtype of the matrix products, as for `newton_schulz`.
     matrix_axes: as for `scale_by_muon`.
 
@@ -59,6 +62,7 @@ def scale_by_swan(
     ValueError: other `rows`; on init or update, a leaf of fewer than two
       dimensions or `matrix_axes` that do not fit.
   """
+  schedules.check(coefficients, ns_steps)
   over = norms.axis_of_rows(rows)
 
   def less_mean(x):
@@ -80,7 +84,11 @@ def scale_by_swan(
   def direction(parts, sides):
     normed = [normalize(x) for x in parts]
     factors = polar.newton_schulz_list(
-      normed, coefficients=coefficients, dtype=ns_dtype, partitions=sides
+      normed,
+      coefficients=coefficients,
+      steps=ns_steps,
+      dtype=ns_dtype,
+      partitions=sides,
     )
     out = []
     for x, y in zip(normed, factors, strict=True):
@@ -92,6 +100,7 @@ def scale_by_swan(
   return norms.map_matrices(direction, matrix_axes, "SWAN")
 
 
+@arguments.checked()
 def swan(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -99,8 +108,10 @@ def swan(
   alpha: float = 0.05,
   rows: str = "outputs",
   coefficients: polar.Coefficients = "exact",
+  ns_steps: int | None = None,
   ns_dtype: Any = "float32",
   weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: groups.Mask = None,
   matrix_axes: matrices.Spec = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
@@ -118,9 +129,11 @@ def swan(
       rate.
     rows: as for `scale_by_swan`.
     coefficients: as for `scale_by_swan`.
+    ns_steps: as for `scale_by_swan`.
     ns_dtype: as for `scale_by_swan`.
     weight_decay: decoupled decay of everything not labelled "vector", a value
       or a schedule.
+    weight_decay_mask: as for `muon`.
     matrix_axes: as for `scale_by_muon`.
     cautious: whether the matrices decay only where the update shrinks them
       already (`add_cautious_decay`).
@@ -133,13 +146,13 @@ def swan(
   Raises:
     ValueError: as `scale_by_swan` and `label_params`.
   """
-  arguments.check_at_least("alpha", alpha, 0)
   return groups.for_matrices(
     optax.chain(
       scale_by_swan(
         center=center,
         rows=rows,
         coefficients=coefficients,
+        ns_steps=ns_steps,
         ns_dtype=ns_dtype,
         matrix_axes=matrix_axes,
       ),
@@ -148,6 +161,7 @@ def swan(
     learning_rate,
     method="SWAN",
     weight_decay=weight_decay,
+    weight_decay_mask=weight_decay_mask,
     cautious=cautious,
     labels=labels,
     fallback=fallback,

@@ -34,19 +34,21 @@ class AdamuonState(NamedTuple):
 
 def _direction(x: jax.Array, v: jax.Array, eps: float) -> jax.Array:
   """x / (√v + eps), at the Frobenius norm of an orthogonal matrix."""
-  y = x / (jnp.sqrt(v) + eps)
+  y = x / numerics.nonzero(jnp.sqrt(v) + eps)
   norm = jnp.sqrt(jnp.sum(y * y, axis=(-2, -1), keepdims=True))
   size = math.sqrt(min(x.shape[-2:]))
   return y * (size / jnp.maximum(norm, jnp.finfo(x.dtype).tiny))
 
 
+@arguments.checked("AdaMuon")
 def scale_by_adamuon(
   *,
   momentum: optax.ScalarOrSchedule = 0.95,
-  b2: float = 0.95,
+  b2: optax.ScalarOrSchedule = 0.95,
   eps: float = 1e-8,
   nesterov: bool = False,
   coefficients: polar.Coefficients = "polar_express",
+  ns_steps: int | None = None,
   ns_dtype: Any = momentum_lib.BFLOAT16,
   ns_form: str | None = None,
   shape_scale: str | None = "rms",
@@ -66,10 +68,12 @@ def scale_by_adamuon(
 
   Args:
     momentum: as for `scale_by_muon`.
-    b2: the decay of V; the paper uses one decay for both averages.
+    b2: the decay of V, a value or a schedule; the paper uses one decay for
+      both averages.
     eps: added to √V.
     nesterov: whether the sign is of β M + (1 - β) G.
     coefficients: as for `scale_by_muon`.
+    ns_steps: as for `scale_by_muon`.
     ns_dtype: as for `scale_by_muon`.
     ns_form: as for `scale_by_muon`.
     shape_scale: as for `scale_by_muon`.
@@ -83,13 +87,12 @@ def scale_by_adamuon(
   Raises:
     ValueError: as `scale_by_muon`; a `b2` outside [0, 1) or a negative `eps`.
   """
-  arguments.check_decay_rate("b2", b2)
-  arguments.check_at_least("eps", eps, 0)
   orthogonalize = momentum_lib.Orthogonalizer(
     method="AdaMuon",
     momentum=momentum,
     nesterov=nesterov,
     coefficients=coefficients,
+    ns_steps=ns_steps,
     ns_dtype=ns_dtype,
     ns_form=ns_form,
     shape_scale=shape_scale,
@@ -107,8 +110,9 @@ def scale_by_adamuon(
       state.momentum,
       state.count,
       partitions=partitions,
-      before=jnp.sign,
+      before=numerics.sign,
     )
+    rate = arguments.value_at(b2, state.count)
     second, parts = [], []
     for v, factors, axes in zip(
       step.treedef.flatten_up_to(state.second_moment),
@@ -117,7 +121,7 @@ def scale_by_adamuon(
       strict=True,
     ):
       moments = [
-        b2 * old + (1 - b2) * jnp.square(x)
+        numerics.average(rate, old, jnp.square(x))
         for old, x in zip(matrices.split(v, axes), factors, strict=True)
       ]
       second.append(matrices.join(moments, v.shape, axes).astype(v.dtype))
@@ -134,16 +138,19 @@ def scale_by_adamuon(
   return assembly.direction(init, update, takes_partitions=True)
 
 
+@arguments.checked()
 def adamuon(
   learning_rate: optax.ScalarOrSchedule,
   *,
   momentum: optax.ScalarOrSchedule = 0.95,
-  b2: float = 0.95,
+  b2: optax.ScalarOrSchedule = 0.95,
   eps: float = 1e-8,
   nesterov: bool = False,
   weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: groups.Mask = None,
   shape_scale: str | None = "rms",
   coefficients: polar.Coefficients = "polar_express",
+  ns_steps: int | None = None,
   ns_dtype: Any = momentum_lib.BFLOAT16,
   ns_form: str | None = None,
   matrix_axes: matrices.Spec = None,
@@ -163,8 +170,10 @@ def adamuon(
     eps: as for `scale_by_adamuon`.
     nesterov: as for `scale_by_adamuon`.
     weight_decay: as for `muon`.
+    weight_decay_mask: as for `muon`.
     shape_scale: as for `scale_by_adamuon`.
     coefficients: as for `scale_by_adamuon`.
+    ns_steps: as for `scale_by_adamuon`.
     ns_dtype: as for `scale_by_adamuon`.
     ns_form: as for `scale_by_adamuon`.
     matrix_axes: as for `scale_by_adamuon`.
@@ -186,6 +195,7 @@ def adamuon(
       eps=eps,
       nesterov=nesterov,
       coefficients=coefficients,
+      ns_steps=ns_steps,
       ns_dtype=ns_dtype,
       ns_form=ns_form,
       shape_scale=shape_scale,
@@ -195,6 +205,7 @@ def adamuon(
     learning_rate,
     method="AdaMuon",
     weight_decay=weight_decay,
+    weight_decay_mask=weight_decay_mask,
     cautious=cautious,
     labels=labels,
     fallback=fallback,

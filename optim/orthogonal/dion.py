@@ -29,10 +29,12 @@ class DionState(NamedTuple):
       the parameters.
     basis: Q, [batch..., d_in, r] per leaf with columns of norm 1; a tuple of
       such trees, by block, where a leaf's blocks differ in size.
+    count: int32, the updates so far.
   """
 
   momentum: optax.Updates
   basis: Any
+  count: jax.Array
 
 
 def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -102,10 +104,11 @@ def _orthonormal_list(xs: Sequence[jax.Array]) -> list[jax.Array]:
   return out
 
 
+@arguments.checked("Dion")
 def scale_by_dion(
   *,
   rank: int | float = 0.25,
-  momentum: float = 0.95,
+  momentum: optax.ScalarOrSchedule = 0.95,
   shape_scale: str | None = "rms",
   seed: int = 0,
   matrix_axes: matrices.Spec = None,
@@ -128,7 +131,7 @@ def scale_by_dion(
   Args:
     rank: r, a whole number, or a share in (0, 1] of each matrix's smaller
       side.
-    momentum: μ.
+    momentum: μ, a value or a schedule.
     shape_scale: s, as for `scale_by_muon`.
     seed: of the first Q.
     matrix_axes: as for `scale_by_muon`.
@@ -144,8 +147,6 @@ def scale_by_dion(
       dimensions or with a side smaller than `rank`, or `matrix_axes` that do
       not fit, naming the leaf.
   """
-  projection.check_rank("rank", rank)
-  arguments.check_decay_rate("momentum", momentum)
   if shape_scale not in momentum_lib.SHAPE_SCALES:
     raise ValueError(
       f"shape_scale must be one of {tuple(momentum_lib.SHAPE_SCALES)}, got "
@@ -163,7 +164,9 @@ def scale_by_dion(
       sample = jax.random.normal(key, (*batch, d_in, r), part.dtype)
       bases.append(_unit_columns(sample)[0])
     return DionState(
-      numerics.zeros_like(params, momentum_dtype), layout.pack(bases)
+      numerics.zeros_like(params, momentum_dtype),
+      layout.pack(bases),
+      jnp.zeros((), jnp.int32),
     )
 
   def update(updates, state):
@@ -179,27 +182,31 @@ def scale_by_dion(
     left = _orthonormal_list(
       [_dot(_t(b), q) for b, q in zip(sums, old, strict=True)]
     )
+    rate = arguments.value_at(momentum, state.count)
     moments, bases, out = [], [], []
     for b, q, p in zip(sums, old, left, strict=True):
       r = _dot(b, p)
-      moments.append(b - (1 - momentum) * _dot(r, _t(p)))
+      moments.append(b - (1 - rate) * _dot(r, _t(p)))
       unit, known = _unit_columns(r)
       bases.append(jnp.where(known, unit, q))
       out.append(scale(*b.shape[-2:]) * _dot(unit, _t(p)))
     return numerics.cast_like(layout.join(out), updates), DionState(
       numerics.cast_like(layout.join(moments), state.momentum),
       layout.pack(bases),
+      optax.safe_increment(state.count),
     )
 
   return assembly.direction(init, update)
 
 
+@arguments.checked()
 def dion(
   learning_rate: optax.ScalarOrSchedule,
   *,
   rank: int | float = 0.25,
-  momentum: float = 0.95,
+  momentum: optax.ScalarOrSchedule = 0.95,
   weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: groups.Mask = None,
   shape_scale: str | None = "rms",
   seed: int = 0,
   matrix_axes: matrices.Spec = None,
@@ -218,6 +225,7 @@ def dion(
       leave it alone (`static_args`).
     momentum: as for `scale_by_dion`.
     weight_decay: as for `muon`.
+    weight_decay_mask: as for `muon`.
     shape_scale: as for `scale_by_dion`.
     seed: as for `scale_by_dion`.
     matrix_axes: as for `scale_by_dion`.
@@ -244,6 +252,7 @@ def dion(
     learning_rate,
     method="Dion",
     weight_decay=weight_decay,
+    weight_decay_mask=weight_decay_mask,
     cautious=cautious,
     labels=labels,
     fallback=fallback,

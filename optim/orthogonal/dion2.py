@@ -13,7 +13,7 @@ from jaxlib_ext import labels as labels_lib
 from optim import arguments, assembly, groups, matrices, numerics
 from optim.low_rank import projection
 from optim.orthogonal import momentum as momentum_lib
-from optim.orthogonal import polar
+from optim.orthogonal import polar, schedules
 
 _ALONG = {None: None, "inputs": -2, "outputs": -1}
 
@@ -24,9 +24,11 @@ class Dion2State(NamedTuple):
   Attributes:
     momentum: what of the gradients has not been applied yet, a pytree like
       the parameters.
+    count: int32, the updates so far.
   """
 
   momentum: optax.Updates
+  count: jax.Array
 
 
 class _Chosen(NamedTuple):
@@ -69,12 +71,14 @@ def _put(chosen: _Chosen, lines: jax.Array, like: jax.Array) -> jax.Array:
   return flat.reshape(like.shape)
 
 
+@arguments.checked("Dion2")
 def scale_by_dion2(
   *,
   fraction: float = 0.25,
-  decay: float = 0.95,
+  decay: optax.ScalarOrSchedule = 0.95,
   along: str | None = None,
   coefficients: polar.Coefficients = "polar_express",
+  ns_steps: int | None = None,
   ns_dtype: Any = momentum_lib.BFLOAT16,
   shape_scale: str | None = "rms",
   matrix_axes: matrices.Spec = None,
@@ -92,11 +96,12 @@ def scale_by_dion2(
   Args:
     fraction: of the lines that an update moves, in (0, 1], rounded, at least
       one line.
-    decay: of the lines that were applied.
+    decay: of the lines that were applied, a value or a schedule.
     along: "inputs" to choose rows of a kernel (d_in, d_out), "outputs" to
       choose columns; None for the shorter side, of square matrices the
       outputs.
     coefficients: as for `scale_by_muon`.
+    ns_steps: as for `scale_by_muon`.
     ns_dtype: as for `scale_by_muon`.
     shape_scale: s, as for `scale_by_muon`, of the whole matrix; the released
       default is "spectral".
@@ -111,9 +116,7 @@ def scale_by_dion2(
     ValueError: a bad argument; on init or update, a leaf of fewer than two
       dimensions or `matrix_axes` that do not fit, naming the leaf.
   """
-  if isinstance(fraction, int | float) and not 0 < fraction <= 1:
-    raise ValueError(f"fraction must be in (0, 1], got {fraction!r}")
-  arguments.check_decay_rate("decay", decay)
+  schedules.check(coefficients, ns_steps)
   for name, value, allowed in (
     ("along", along, _ALONG),
     ("shape_scale", shape_scale, momentum_lib.SHAPE_SCALES),
@@ -124,7 +127,9 @@ def scale_by_dion2(
 
   def init(params):
     matrices.resolve(matrix_axes, params, "Dion2", warn=True)
-    return Dion2State(numerics.zeros_like(params, momentum_dtype))
+    return Dion2State(
+      numerics.zeros_like(params, momentum_dtype), jnp.zeros((), jnp.int32)
+    )
 
   def update(updates, state):
     grads = numerics.widen(updates)
@@ -137,29 +142,37 @@ def scale_by_dion2(
     ]
     chosen = [_choose(x, fraction, _ALONG[along]) for x in sums]
     factors = polar.newton_schulz_list(
-      [c.lines for c in chosen], coefficients=coefficients, dtype=ns_dtype
+      [c.lines for c in chosen],
+      coefficients=coefficients,
+      steps=ns_steps,
+      dtype=ns_dtype,
     )
+    rate = arguments.value_at(decay, state.count)
     moments, out = [], []
     for x, c, factor in zip(sums, chosen, factors, strict=True):
-      moments.append(x - _put(c, (1 - decay) * c.lines, x))
+      moments.append(x - _put(c, (1 - rate) * c.lines, x))
       lines = scale(*x.shape[-2:]) * factor.astype(x.dtype)
       out.append(_put(c, lines, x))
     return numerics.cast_like(layout.join(out), updates), Dion2State(
-      numerics.cast_like(layout.join(moments), state.momentum)
+      numerics.cast_like(layout.join(moments), state.momentum),
+      optax.safe_increment(state.count),
     )
 
   return assembly.direction(init, update)
 
 
+@arguments.checked()
 def dion2(
   learning_rate: optax.ScalarOrSchedule,
   *,
   fraction: float = 0.25,
-  decay: float = 0.95,
+  decay: optax.ScalarOrSchedule = 0.95,
   along: str | None = None,
   weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: groups.Mask = None,
   shape_scale: str | None = "rms",
   coefficients: polar.Coefficients = "polar_express",
+  ns_steps: int | None = None,
   ns_dtype: Any = momentum_lib.BFLOAT16,
   matrix_axes: matrices.Spec = None,
   momentum_dtype: Any = None,
@@ -178,8 +191,10 @@ def dion2(
     decay: as for `scale_by_dion2`.
     along: as for `scale_by_dion2`.
     weight_decay: as for `muon`.
+    weight_decay_mask: as for `muon`.
     shape_scale: as for `scale_by_dion2`.
     coefficients: as for `scale_by_dion2`.
+    ns_steps: as for `scale_by_dion2`.
     ns_dtype: as for `scale_by_dion2`.
     matrix_axes: as for `scale_by_dion2`.
     momentum_dtype: as for `scale_by_dion2`.
@@ -199,6 +214,7 @@ def dion2(
       decay=decay,
       along=along,
       coefficients=coefficients,
+      ns_steps=ns_steps,
       ns_dtype=ns_dtype,
       shape_scale=shape_scale,
       matrix_axes=matrix_axes,
@@ -207,6 +223,7 @@ def dion2(
     learning_rate,
     method="Dion2",
     weight_decay=weight_decay,
+    weight_decay_mask=weight_decay_mask,
     cautious=cautious,
     labels=labels,
     fallback=fallback,

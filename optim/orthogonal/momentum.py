@@ -13,7 +13,7 @@ import optax
 
 from jaxlib_ext import labels, paths
 from optim import arguments, matrices, numerics
-from optim.orthogonal import polar
+from optim.orthogonal import polar, schedules
 
 # (d_in, d_out) -> factor on the polar factor.
 SHAPE_SCALES: dict[str | None, Callable[[int, int], float]] = {
@@ -77,6 +77,7 @@ class Orthogonalizer:
   momentum: optax.ScalarOrSchedule
   nesterov: bool
   coefficients: polar.Coefficients
+  ns_steps: int | None
   ns_dtype: Any
   ns_form: str | None
   shape_scale: str | None
@@ -85,7 +86,7 @@ class Orthogonalizer:
   normalize: str | None = None
 
   def __post_init__(self):
-    arguments.check_decay_rate("momentum", self.momentum)
+    schedules.check(self.coefficients, self.ns_steps)
     for name, allowed in (
       ("shape_scale", SHAPE_SCALES),
       ("normalize", _NORMALIZE),
@@ -154,6 +155,7 @@ class Orthogonalizer:
           for _ in leaf
         ],
         coefficients=self.coefficients,
+        steps=self.ns_steps,
         dtype=self.ns_dtype,
         form=self.ns_form,
       )
@@ -169,7 +171,7 @@ class Orthogonalizer:
 
   def _average(self, grads, moments, count):
     """The new averages and, with Nesterov, the averages one step ahead."""
-    rate = self.momentum(count) if callable(self.momentum) else self.momentum
+    rate = arguments.value_at(self.momentum, count)
 
     def mix(m, g):
       beta = rate

@@ -12,7 +12,7 @@ import jax
 import optax
 
 from jaxlib_ext import labels as labels_lib
-from optim import assembly, groups, matrices
+from optim import arguments, assembly, groups, matrices
 from optim.orthogonal import momentum as momentum_lib
 from optim.orthogonal import polar
 
@@ -29,11 +29,13 @@ class MuonState(NamedTuple):
   count: jax.Array
 
 
+@arguments.checked("Muon")
 def scale_by_muon(
   *,
   momentum: optax.ScalarOrSchedule = 0.95,
   nesterov: bool = True,
   coefficients: polar.Coefficients = "polar_express",
+  ns_steps: int | None = None,
   ns_dtype: Any = momentum_lib.BFLOAT16,
   ns_form: str | None = None,
   shape_scale: str | None = "rms",
@@ -57,6 +59,7 @@ def scale_by_muon(
       as `optax.linear_schedule(0.85, 0.95, 300)`).
     nesterov: whether to look one step ahead.
     coefficients: the polynomials, as for `newton_schulz`.
+    ns_steps: the number of polynomials, as `steps` of `newton_schulz`.
     ns_dtype: the dtype of the matrix products, as for `newton_schulz`.
     ns_form: "direct", "gram" or None, as `form` of `newton_schulz`.
     shape_scale: s, with d_in and d_out the fan-in and fan-out of a kernel
@@ -89,6 +92,7 @@ def scale_by_muon(
     momentum=momentum,
     nesterov=nesterov,
     coefficients=coefficients,
+    ns_steps=ns_steps,
     ns_dtype=ns_dtype,
     ns_form=ns_form,
     shape_scale=shape_scale,
@@ -110,14 +114,17 @@ def scale_by_muon(
   return assembly.direction(init, update, takes_partitions=True)
 
 
+@arguments.checked()
 def muon(
   learning_rate: optax.ScalarOrSchedule,
   *,
   momentum: optax.ScalarOrSchedule = 0.95,
   nesterov: bool = True,
   weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: groups.Mask = None,
   shape_scale: str | None = "rms",
   coefficients: polar.Coefficients = "polar_express",
+  ns_steps: int | None = None,
   ns_dtype: Any = momentum_lib.BFLOAT16,
   ns_form: str | None = None,
   normalize: str | None = None,
@@ -139,8 +146,13 @@ def muon(
     nesterov: as for `scale_by_muon`.
     weight_decay: decoupled decay of everything not labelled "vector", a value
       or a schedule.
+    weight_decay_mask: which parameters decay, whatever their labels: a pytree
+      of booleans, or a function of the parameters giving one (which
+      `optax.inject_hyperparams` needs in `static_args`), as `mask` of
+      `optax.adamw`; None for those not labelled "vector".
     shape_scale: as for `scale_by_muon`.
     coefficients: as for `scale_by_muon`.
+    ns_steps: as for `scale_by_muon`.
     ns_dtype: as for `scale_by_muon`.
     ns_form: as for `scale_by_muon`.
     normalize: as for `scale_by_muon`.
@@ -152,10 +164,12 @@ def muon(
       default `label_params`. `optax.inject_hyperparams` takes functions for
       schedules: give it `static_args=("labels",)`. Muon takes the leaves
       labelled "matrix".
-    fallback: the transformation for all the others, learning rate and sign
-      included; default AdamW(b1=0.9, b2=0.95, eps=1e-10) at the same
-      `learning_rate` and `weight_decay`, which are otherwise not used for
-      these leaves. A number or schedule is that AdamW's learning rate.
+    fallback: what takes all the others, learning rate and sign included: a
+      transformation, such as `optax.adamw` with decays and weight decay of
+      its own; or a rate (None for `learning_rate`), a value or a schedule, of
+      AdamW(b1=0.9, b2=0.95, eps=1e-10) with `weight_decay`; or a dictionary
+      of these by label, `{"embedding": optax.adam(0.3), "head": 3e-3}`, with
+      that AdamW for the labels it leaves out.
 
   Returns:
     The transformation; updates are to be added to the parameters.
@@ -169,6 +183,7 @@ def muon(
       momentum=momentum,
       nesterov=nesterov,
       coefficients=coefficients,
+      ns_steps=ns_steps,
       ns_dtype=ns_dtype,
       ns_form=ns_form,
       normalize=normalize,
@@ -179,6 +194,7 @@ def muon(
     learning_rate,
     method="Muon",
     weight_decay=weight_decay,
+    weight_decay_mask=weight_decay_mask,
     cautious=cautious,
     labels=labels,
     fallback=fallback,

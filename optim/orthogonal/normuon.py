@@ -47,18 +47,20 @@ def _per_output(
 
 def _even_out(x: jax.Array, v: jax.Array, eps: float) -> jax.Array:
   """Divides each column by its √v; the Frobenius norm stays x's."""
-  y = x / (jnp.sqrt(v) + eps)
+  y = x / numerics.nonzero(jnp.sqrt(v) + eps)
   norm = lambda x: jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
   return y * (norm(x) / jnp.maximum(norm(y), jnp.finfo(x.dtype).tiny))
 
 
+@arguments.checked("NorMuon")
 def scale_by_normuon(
   *,
   momentum: optax.ScalarOrSchedule = 0.95,
-  b2: float = 0.95,
+  b2: optax.ScalarOrSchedule = 0.95,
   eps: float = 1e-10,
   nesterov: bool = True,
   coefficients: polar.Coefficients = "polar_express",
+  ns_steps: int | None = None,
   ns_dtype: Any = momentum_lib.BFLOAT16,
   ns_form: str | None = None,
   shape_scale: str | None = "rms",
@@ -79,10 +81,11 @@ def scale_by_normuon(
 
   Args:
     momentum: as for `scale_by_muon`.
-    b2: the decay of v.
+    b2: the decay of v, a value or a schedule.
     eps: added to √v.
     nesterov: as for `scale_by_muon`; microsoft/dion does not look ahead.
     coefficients: as for `scale_by_muon`.
+    ns_steps: as for `scale_by_muon`.
     ns_dtype: as for `scale_by_muon`.
     ns_form: as for `scale_by_muon`.
     shape_scale: as for `scale_by_muon`.
@@ -97,13 +100,12 @@ def scale_by_normuon(
   Raises:
     ValueError: as `scale_by_muon`; a `b2` outside [0, 1) or a negative `eps`.
   """
-  arguments.check_decay_rate("b2", b2)
-  arguments.check_at_least("eps", eps, 0)
   orthogonalize = momentum_lib.Orthogonalizer(
     method="NorMuon",
     momentum=momentum,
     nesterov=nesterov,
     coefficients=coefficients,
+    ns_steps=ns_steps,
     ns_dtype=ns_dtype,
     ns_form=ns_form,
     shape_scale=shape_scale,
@@ -123,13 +125,13 @@ def scale_by_normuon(
     ]
     return NormuonState(average, treedef.unflatten(second), count)
 
-  def advance(v, factors, axes, shape):
+  def advance(v, factors, axes, shape, rate):
     """The new v of a leaf, and the leaf's directions."""
     shape, axes = _per_output(shape, axes)
     moments, parts = [], []
     for old, x in zip(matrices.split(v, axes), factors, strict=True):
       square = jnp.mean(x * x, axis=-2, keepdims=True)
-      new = b2 * old + (1 - b2) * square.astype(old.dtype)
+      new = numerics.average(rate, old, square)
       moments.append(new)
       y = _even_out(x, new.astype(x.dtype), eps)
       parts.append(orthogonalize.scale(x) * y)
@@ -139,6 +141,7 @@ def scale_by_normuon(
     step = orthogonalize(
       updates, state.momentum, state.count, partitions=partitions
     )
+    rate = arguments.value_at(b2, state.count)
     second, parts = [], []
     for v, factors, axes, g in zip(
       step.treedef.flatten_up_to(state.second_moment),
@@ -147,7 +150,7 @@ def scale_by_normuon(
       step.grads,
       strict=True,
     ):
-      new, directions = advance(v, factors, axes, g.shape)
+      new, directions = advance(v, factors, axes, g.shape, rate)
       second.append(new)
       parts.append(directions)
     return step.updates(parts), NormuonState(
@@ -157,16 +160,19 @@ def scale_by_normuon(
   return assembly.direction(init, update, takes_partitions=True)
 
 
+@arguments.checked()
 def normuon(
   learning_rate: optax.ScalarOrSchedule,
   *,
   momentum: optax.ScalarOrSchedule = 0.95,
-  b2: float = 0.95,
+  b2: optax.ScalarOrSchedule = 0.95,
   eps: float = 1e-10,
   nesterov: bool = True,
   weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: groups.Mask = None,
   shape_scale: str | None = "rms",
   coefficients: polar.Coefficients = "polar_express",
+  ns_steps: int | None = None,
   ns_dtype: Any = momentum_lib.BFLOAT16,
   ns_form: str | None = None,
   normalize: str | None = None,
@@ -187,8 +193,10 @@ def normuon(
     eps: as for `scale_by_normuon`.
     nesterov: as for `scale_by_normuon`.
     weight_decay: as for `muon`.
+    weight_decay_mask: as for `muon`.
     shape_scale: as for `scale_by_normuon`.
     coefficients: as for `scale_by_normuon`.
+    ns_steps: as for `scale_by_normuon`.
     ns_dtype: as for `scale_by_normuon`.
     ns_form: as for `scale_by_normuon`.
     normalize: as for `scale_by_normuon`.
@@ -211,6 +219,7 @@ def normuon(
       eps=eps,
       nesterov=nesterov,
       coefficients=coefficients,
+      ns_steps=ns_steps,
       ns_dtype=ns_dtype,
       ns_form=ns_form,
       shape_scale=shape_scale,
@@ -221,6 +230,7 @@ def normuon(
     learning_rate,
     method="NorMuon",
     weight_decay=weight_decay,
+    weight_decay_mask=weight_decay_mask,
     cautious=cautious,
     labels=labels,
     fallback=fallback,

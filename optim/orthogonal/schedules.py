@@ -161,6 +161,20 @@ def resolve(
   )
 
 
+def check(coefficients: Coefficients, ns_steps: int | None) -> None:
+  """Refuses the arguments of a factory that `resolve` will not take.
+
+  Raises:
+    ValueError: naming them.
+  """
+  try:
+    resolve(coefficients, ns_steps, jnp.float32)
+  except ValueError as e:
+    if ns_steps is None:
+      raise
+    raise ValueError(f"ns_steps={ns_steps} does not fit: {e}") from None
+
+
 def _given_schedule(coefficients: Any, steps: int | None) -> Any:
   if not isinstance(coefficients, jax.Array):
     coefficients = np.asarray(coefficients)

@@ -5,17 +5,17 @@ that keeps it out of the trajectory altogether (Nikdan et al., arXiv
 2601.22101). The momentum is kept in units of the weights, so no step divides
 by a learning rate. Per matrix, with ρ_t = 1 - η_t λ:
 
-  u' = β u + (1 - β) η_t Δ           Δ: the inner transformation's direction
+  u' = β_t u + (1 - β_t) η_t Δ       Δ: the inner transformation's direction
   θ~ = ρ_t θ - u'                    what the new weights should be
   θ  <- Q(θ~)
   u  <- u' - (θ~ - Q(θ~)) / c_{t+1}
 
 where c_t, the horizon, is how far one unit of u_t will move the weights in
-all steps to come: c_t = β (1 + c_{t+1}) / ρ_t, and c = β / (ρ - β) where ρ is
-constant. Then z_t = θ_t - c_t u_t, where the weights would come to rest were
-there no more gradients, obeys
+all steps to come: c_t = β_t (1 + c_{t+1}) / ρ_t, and c = β / (ρ - β) where
+both are constant. Then z_t = θ_t - c_t u_t, where the weights would come to
+rest were there no more gradients, obeys
 
-  z_{t+1} = ρ_t z_t - (1 + c_{t+1}) (1 - β) η_t Δ_t
+  z_{t+1} = ρ_t z_t - (1 + c_{t+1}) (1 - β_t) η_t Δ_t
 
 in which no rounding error appears: the recursion of unquantized training.
 """
@@ -32,7 +32,7 @@ import optax
 
 from jaxlib_ext import labels as labels_lib
 from jaxlib_ext import paths, quantization
-from optim import apply, groups, numerics
+from optim import apply, arguments, groups, numerics
 
 _ROUNDINGS = ("stochastic", "nearest")
 _MAX_LOOK_AHEAD = 4096
@@ -45,7 +45,7 @@ class EcoState(NamedTuple):
     count: int32, steps taken.
     key: uint32 words of the PRNG key that every step's keys come from.
     horizon: float32, c_count; 0 if rounding to nearest, where z is not to be
-      exported.
+      exported. With a `weight_decay_mask` a pytree of such like `u`.
     u: float32 momentum of each matrix, in units of the weights;
       `optax.MaskedNode` elsewhere.
     inner: state of the inner transformation, over the matrices.
@@ -54,14 +54,14 @@ class EcoState(NamedTuple):
 
   count: jax.Array
   key: jax.Array
-  horizon: jax.Array
+  horizon: Any
   u: Any
   inner: Any
   fallback: Any
 
 
 def _concrete(x: Any) -> float | None:
-  """x as a Python number, or None for a schedule or a traced value."""
+  """The Python number, or None for a schedule or a traced value."""
   return None if callable(x) or _is_traced(x) else float(x)
 
 
@@ -99,30 +99,31 @@ def _check(learning_rate, momentum, weight_decay, rounding) -> None:
     )
 
 
-def _rate(learning_rate, count) -> jax.Array:
-  if callable(learning_rate):
-    learning_rate = learning_rate(count)
-  return jnp.asarray(learning_rate, jnp.float32)
-
-
 def _horizon(learning_rate, momentum, weight_decay, count) -> jax.Array:
-  """c_count = sum over k >= 1 of β^k / (ρ_count ... ρ_{count+k-1})."""
-  beta = jnp.asarray(momentum, jnp.float32)
+  """c_count = sum over k >= 1 of the first k factors β / ρ from there on."""
   if _concrete(weight_decay) == 0:
-    return beta / (1 - beta)
-  decay = jnp.asarray(weight_decay, jnp.float32)
-  if not callable(learning_rate):
-    rho = 1 - _rate(learning_rate, count) * decay
-    return beta / (rho - beta)
+    learning_rate = 0.0
+  every = (momentum, learning_rate, weight_decay)
   known = _concrete(momentum)
-  # Until β^k is lost in float32, or the rate is taken as constant.
-  terms = _MAX_LOOK_AHEAD
-  if known is not None:
-    terms = min(terms, math.ceil(24 / -math.log2(known)))
-  rates = jax.vmap(learning_rate)(count + jnp.arange(terms))
-  rho = 1 - jnp.asarray(rates, jnp.float32) * decay
+  terms = 1
+  if any(map(callable, every)):
+    # Until β^k is lost in float32, or all is taken as constant.
+    terms = _MAX_LOOK_AHEAD
+    if known is not None:
+      terms = min(terms, math.ceil(24 / -math.log2(known)))
+  counts = count + jnp.arange(terms)
+  beta, rate, decay = (
+    jnp.asarray(
+      jax.vmap(x)(counts) if callable(x) else jnp.full(terms, x), jnp.float32
+    )
+    for x in every
+  )
+  rho = 1 - rate * decay
   products = jnp.cumprod(beta / rho)
-  return jnp.sum(products) + products[-1] * beta / (rho[-1] - beta)
+  rest = beta[-1] / (rho[-1] - beta[-1])
+  if terms == 1:
+    return rest
+  return jnp.sum(products) + products[-1] * rest
 
 
 def _roles(labels: labels_lib.Labels, params: Any, strict: bool) -> Any:
@@ -166,17 +167,13 @@ def _only(tree: Any, roles: Any, wanted: bool) -> Any:
 def _fallback(
   given: groups.Fallback,
   learning_rate: optax.ScalarOrSchedule,
-  weight_decay: Any,
+  weight_decay: optax.ScalarOrSchedule,
+  mask: Any,
   roles: Any,
 ) -> optax.GradientTransformationExtraArgs:
-  if groups.is_transformation(given):
-    return optax.with_extra_args_support(given)
-  kinds = jax.tree.map(
-    lambda role: "vector" if role == "vector" else "decayed",
-    _only(roles, roles, False),
-  )
-  transforms = groups.adamw_by_label(given, learning_rate, weight_decay)
-  return optax.partition(transforms, kinds)
+  rest = groups.others(given, learning_rate, weight_decay, mask)
+  kinds = jax.tree.map(rest.group, _only(roles, roles, False))
+  return optax.partition(rest.transforms, kinds)
 
 
 def _step(
@@ -187,23 +184,26 @@ def _step(
   *,
   momentum: jax.Array,
   rate: jax.Array,
-  rho: jax.Array,
-  horizon: jax.Array,
+  rho: Any,
+  horizon: Any,
   key: jax.Array | None,
 ) -> tuple[Any, Any]:
   """The new quantized matrices and momenta, by the module's equations."""
   leaves, treedef = jax.tree.flatten(params, is_leaf=quantization.is_qtensor)
-  floats = (treedef.flatten_up_to(t) for t in (weights, momenta, directions))
+  rest = (weights, momenta, directions, rho, horizon)
+  rest = map(treedef.flatten_up_to, rest)
   new, carried = [], []
-  for i, (leaf, theta, u, delta) in enumerate(
-    zip(leaves, *floats, strict=True)
+  for i, (leaf, theta, u, delta, r, c) in enumerate(
+    zip(leaves, *rest, strict=True)
   ):
     u = momentum * u + (1 - momentum) * rate * delta
-    target = rho * theta - u
+    target = r * theta - u
     leaf_key = None if key is None else jax.random.fold_in(key, i)
     q = quantization.quantize(target, leaf.format, key=leaf_key)
     new.append(q)
-    carried.append(u - (target - q.dequantize()) / horizon)
+    # Where the next momentum is 0, nothing carries the error.
+    error = (target - q.dequantize()) / jnp.where(c > 0, c, jnp.inf)
+    carried.append(u - error)
   return treedef.unflatten(new), treedef.unflatten(carried)
 
 
@@ -213,6 +213,7 @@ def _initial(
   inner: optax.GradientTransformation,
   other: optax.GradientTransformation,
   seed: int,
+  masked: bool,
 ) -> EcoState:
   # Zeros like the codes are divided among devices as they are.
   u = jax.tree.map(
@@ -227,19 +228,25 @@ def _initial(
   return EcoState(
     count=jnp.zeros((), jnp.int32),
     key=jax.random.key_data(jax.random.key(seed)),
-    horizon=jnp.zeros((), jnp.float32),
+    horizon=(
+      jax.tree.map(lambda _: jnp.zeros((), jnp.float32), u)
+      if masked
+      else jnp.zeros((), jnp.float32)
+    ),
     u=u,
     inner=inner.init(u),
     fallback=other.init(others),
   )
 
 
+@arguments.checked()
 def eco(
   learning_rate: optax.ScalarOrSchedule,
   *,
   inner: optax.GradientTransformation | None = None,
-  momentum: float = 0.9,
-  weight_decay: float = 0.0,
+  momentum: optax.ScalarOrSchedule = 0.9,
+  weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: groups.Mask = None,
   rounding: str = "stochastic",
   seed: int = 0,
   labels: labels_lib.Labels = None,
@@ -259,24 +266,26 @@ def eco(
   bad gradients use its `should_skip_update_fn`, as `optax.apply_if_finite`
   requires updates to be like gradients.
 
-  Exact for any schedule and weight decay: c_t looks ahead along the schedule.
-  A learning rate that is a traced value is taken to stay.
+  Exact for any schedules of the rate, the momentum and the weight decay: c_t
+  looks ahead along them. A traced value is taken to stay.
 
   Args:
     learning_rate: a value or a schedule.
     inner: a momentum-free transformation that gives the direction from the
       gradients, such as `optax.scale_by_rms()`; None for the gradients
       themselves.
-    momentum: β, inside (0, 1).
-    weight_decay: λ, decoupled; the fallback's too, "vector" leaves excepted.
+    momentum: β, inside (0, 1), a value or a schedule. Where a schedule gives
+      0, the errors of the step before are lost.
+    weight_decay: λ, decoupled, a value or a schedule; the fallback's too,
+      "vector" leaves excepted.
+    weight_decay_mask: as for `muon`; a function gets the parameters as if
+      they were not quantized, without values.
     rounding: "stochastic", or "nearest", which does not move a weight before
       it should have moved by half a grid step / (1 - β).
     seed: of the random bits of stochastic rounding, which depend on it, the
       step, the position of the leaf and that of the element only.
     labels: as for `jaxlib_ext.labels.resolve`.
-    fallback: the transformation for all leaves not labelled "matrix", rate
-      and sign included; default AdamW(b1=0.9, b2=0.95, eps=1e-10) at the same
-      rate, or at this rate where it is one.
+    fallback: as for `muon`.
 
   Returns:
     The transformation, with an `EcoState`.
@@ -290,15 +299,18 @@ def eco(
   stochastic = rounding == "stochastic"
 
   def init(params):
+    arguments.check_arrays(params, "ECO")
     roles = _roles(labels, params, strict=False)
-    other = _fallback(fallback, learning_rate, weight_decay, roles)
-    return _initial(params, roles, inner, other, seed)
+    mask = groups.resolve_quantized_mask(weight_decay_mask, params)
+    other = _fallback(fallback, learning_rate, weight_decay, mask, roles)
+    return _initial(params, roles, inner, other, seed, mask is not None)
 
   def update(grads, state, params=None, **extra_args):
     if params is None:
       raise ValueError("params: eco.update needs the parameters, got None")
     roles = _roles(labels, params, strict=True)
-    other = _fallback(fallback, learning_rate, weight_decay, roles)
+    mask = groups.resolve_quantized_mask(weight_decay_mask, params)
+    other = _fallback(fallback, learning_rate, weight_decay, mask, roles)
     updates, fallback_state = other.update(
       _only(grads, roles, False),
       state.fallback,
@@ -315,8 +327,22 @@ def eco(
     )
 
     count = optax.safe_increment(state.count)
-    rate = _rate(learning_rate, state.count)
+    beta, rate, decay = (
+      jnp.asarray(arguments.value_at(x, state.count), jnp.float32)
+      for x in (momentum, learning_rate, weight_decay)
+    )
     horizon = _horizon(learning_rate, momentum, weight_decay, count)
+    decaying = (1 - rate * decay, horizon)
+    still = (jnp.ones_like(rate), _horizon(0.0, momentum, 0.0, count))
+    which = jax.tree.map(lambda _: True, roles) if mask is None else mask
+    rho, horizons = (
+      jax.tree.map(
+        lambda d, i=i: (decaying if d else still)[i], _only(which, roles, True)
+      )
+      for i in range(2)
+    )
+    if mask is not None:
+      horizon = horizons
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
 
     quantized, u = _step(
@@ -324,10 +350,10 @@ def eco(
       weights,
       state.u,
       direction,
-      momentum=jnp.asarray(momentum, jnp.float32),
+      momentum=beta,
       rate=rate,
-      rho=1 - rate * jnp.asarray(weight_decay, jnp.float32),
-      horizon=horizon,
+      rho=rho,
+      horizon=horizons,
       key=key if stochastic else None,
     )
     updates = jax.tree.map(
@@ -341,7 +367,7 @@ def eco(
     return updates, EcoState(
       count=count,
       key=state.key,
-      horizon=horizon if stochastic else jnp.zeros_like(state.horizon),
+      horizon=horizon if stochastic else state.horizon,
       u=u,
       inner=inner_state,
       fallback=fallback_state,
@@ -374,10 +400,15 @@ def eco_flush(params: Any, state: Any) -> Any:
     raise ValueError(f"state must hold one EcoState, got {len(found)}")
   (state,) = found
 
-  def flush(param, u):
+  def flush(param, u, horizon):
     if not quantization.is_qtensor(param):
       return param
-    z = param.dequantize() - state.horizon * u
+    z = param.dequantize() - horizon * u
     return quantization.quantize(z, param.format)
 
-  return jax.tree.map(flush, params, state.u, is_leaf=quantization.is_qtensor)
+  horizons = state.horizon
+  if jax.tree_util.all_leaves([horizons]):
+    horizons = jax.tree.map(lambda _: state.horizon, state.u)
+  return jax.tree.map(
+    flush, params, state.u, horizons, is_leaf=quantization.is_qtensor
+  )

@@ -81,6 +81,7 @@ class QGaloreState(NamedTuple):
     interval: int32 [batch...], the waits that follow.
     agreement: float32 [batch..., 5, 1], |cosine| between successive leading
       singular vectors, latest last; -1 where there is none yet.
+    weights: sums of the weights in the moments, for the bias corrections.
   """
 
   count: jax.Array
@@ -91,6 +92,7 @@ class QGaloreState(NamedTuple):
   wait: Any
   interval: Any
   agreement: Any
+  weights: moments.Weights
 
 
 class QuantizedWeightsState(NamedTuple):
@@ -171,15 +173,16 @@ def _recompute(g, old, wait, interval, agreement, *, basis, threshold):
   return jax.lax.cond(due, loop, lambda: (old, wait, interval, agreement))
 
 
-def _adam(low, mu, root, count, key, **kwargs):
+def _adam(low, mu, root, key, *how, eps):
   """`moments.adam` of one stack, its moments quantized at random."""
   held = [mu.dequantize()], [jnp.square(root.dequantize())]
-  (direction,), ((m,), (v,)) = moments.adam([low], held, count, **kwargs)
+  (direction,), ((m,), (v,)) = moments.adam([low], held, *how, eps=eps)
   one, two = jax.random.split(key)
   mu = quantization.quantize(m, mu.format, key=one)
   return direction, mu, _quantize_root(jnp.sqrt(v), root.format, two)
 
 
+@arguments.checked("Q-GaLore")
 def scale_by_q_galore(
   *,
   rank: int | float = 0.25,
@@ -189,8 +192,8 @@ def scale_by_q_galore(
   projector_format: str = "int4:256",
   moment_format: str = "float8_e4m3fn:256",
   basis: str = "eigh",
-  b1: float = 0.9,
-  b2: float = 0.999,
+  b1: optax.ScalarOrSchedule = 0.9,
+  b2: optax.ScalarOrSchedule = 0.999,
   eps: float = 1e-6,
   seed: int = 0,
   matrix_axes: matrices.Spec = None,
@@ -222,8 +225,8 @@ def scale_by_q_galore(
     projector_format: of the bases, as for `quantization.Format.parse`.
     moment_format: of the moments.
     basis: as for `scale_by_galore`.
-    b1: Adam's first decay.
-    b2: Adam's second decay.
+    b1: Adam's first decay, a value or a schedule of the steps so far.
+    b2: Adam's second decay, the same.
     eps: Adam's epsilon.
     seed: of the random rounding.
     matrix_axes: as for `scale_by_muon`.
@@ -235,12 +238,7 @@ def scale_by_q_galore(
   Raises:
     ValueError: as `scale_by_galore`, or an unknown format.
   """
-  projection.check_rank("rank", rank)
-  projection.check_interval("update_interval", update_interval)
   projection.check_choice("basis", basis, projection.BASES)
-  arguments.check_decay_rate("b1", b1)
-  arguments.check_decay_rate("b2", b2)
-  arguments.check_at_least("eps", eps, 0)
   fmt = quantization.Format.parse(projector_format)
   fmt8 = quantization.Format.parse(moment_format)
 
@@ -269,17 +267,18 @@ def scale_by_q_galore(
       wait=full(0, jnp.int32),
       interval=full(update_interval, jnp.int32),
       agreement=full(-1, jnp.float32, _QUEUE, 1),
+      weights=moments.no_weights([x for _, x in layout.each()]),
     )
 
   def update(updates, state):
     layout = projection.Layout.of(updates, matrix_axes, "Q-GaLore")
-    count = optax.safe_increment(state.count)
+    weights, decays = moments.weigh(state.weights, state.count, b1=b1, b2=b2)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
     held = (
       state.projector.tensors(layout, fmt),
       state.mu.tensors(layout, fmt8),
       state.root.tensors(layout, fmt8),
-      *map(layout.unpack, state[5:]),
+      *map(layout.unpack, (state.wait, state.interval, state.agreement)),
     )
     out, new = [], []
     for i, (g, q, mu, root, *schedule) in enumerate(
@@ -295,20 +294,20 @@ def scale_by_q_galore(
         projection.down(p, g),
         mu,
         root,
-        count,
         jax.random.fold_in(key, i),
-        b1=b1,
-        b2=b2,
+        weights,
+        decays,
         eps=eps,
       )
       out.append(scale * projection.up(p, direction, g.shape))
       new.append((q, mu, root, wait - 1, interval, agreement))
     q, mu, root, *schedule = zip(*new, strict=True) if new else held
     return layout.join(out), QGaloreState(
-      count,
+      optax.safe_increment(state.count),
       state.key,
       *(QuantizedArrays.of(layout, x) for x in (q, mu, root)),
       *map(layout.pack, schedule),
+      weights,
     )
 
   return assembly.direction(init, update)
@@ -354,6 +353,7 @@ def _on_quantized(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
+@arguments.checked()
 def q_galore(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -364,11 +364,12 @@ def q_galore(
   projector_format: str = "int4:256",
   moment_format: str = "float8_e4m3fn:256",
   basis: str = "eigh",
-  b1: float = 0.9,
-  b2: float = 0.999,
+  b1: optax.ScalarOrSchedule = 0.9,
+  b2: optax.ScalarOrSchedule = 0.999,
   eps: float = 1e-6,
   seed: int = 0,
   weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: groups.Mask = None,
   matrix_axes: matrices.Spec = None,
   cautious: bool = False,
   labels: labels_lib.Labels = None,
@@ -404,6 +405,7 @@ def q_galore(
       position of the matrix only.
     weight_decay: decoupled decay of everything not labelled "vector", a value
       or a schedule.
+    weight_decay_mask: as for `muon`.
     matrix_axes: as for `scale_by_muon`.
     cautious: as for `muon`.
     labels: as for `muon`; Q-GaLore takes the leaves labelled "matrix".
@@ -434,6 +436,7 @@ def q_galore(
     learning_rate,
     method="Q-GaLore",
     weight_decay=weight_decay,
+    weight_decay_mask=weight_decay_mask,
     cautious=cautious,
     labels=labels,
     fallback=fallback,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optim import groups, numerics
+from optim import arguments, groups, numerics
 from optim.zeroth_order import spsa
 
 
@@ -24,7 +24,7 @@ def _in_params_dtype(
   inner: optax.GradientTransformation, method: str
 ) -> optax.GradientTransformationExtraArgs:
   """`inner`, whose updates are cast to the parameters' dtypes."""
-  inner = groups.of_floats(inner, method)
+  inner = arguments.of_floats(inner, method)
 
   def update(updates, state, params=None, **extra_args):
     updates, state = inner.update(updates, state, params, **extra_args)
@@ -33,6 +33,7 @@ def _in_params_dtype(
   return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
+@arguments.checked()
 def scale_by_mezo(
   *, epsilon: float = 1e-3, num_samples: int = 1, seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
@@ -75,12 +76,14 @@ def scale_by_mezo(
   )
 
 
+@arguments.checked()
 def mezo(
   learning_rate: optax.ScalarOrSchedule,
   *,
   epsilon: float = 1e-3,
   num_samples: int = 1,
   weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: groups.Mask = None,
   seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
   """MeZO: θ ← θ - lr (mean_i d_i z_i + weight_decay θ), without gradients.
@@ -96,6 +99,7 @@ def mezo(
     epsilon: as for `scale_by_mezo`.
     num_samples: as for `scale_by_mezo`.
     weight_decay: decoupled decay of all parameters, a value or a schedule.
+    weight_decay_mask: which of them decay, as for `muon`.
     seed: as for `scale_by_mezo`.
 
   Returns:
@@ -107,7 +111,9 @@ def mezo(
   slopes = spsa.scale_by_slopes(
     epsilon=epsilon, num_samples=num_samples, clip=None, seed=seed
   )
-  tx = groups.descent(slopes, learning_rate, weight_decay)
+  tx = groups.descent(
+    slopes, learning_rate, weight_decay, mask=weight_decay_mask
+  )
   return _in_params_dtype(tx, "MeZO")
 
 

@@ -23,6 +23,7 @@ from optim.zeroth_order import spsa
 
 
 def _check(params: Any, train_unquantized: bool) -> None:
+  arguments.check_arrays(params, "QZO")
   flat, _ = jax.tree_util.tree_flatten_with_path(
     params, is_leaf=labels.is_param
   )
@@ -53,17 +54,22 @@ def _map(f: Callable[..., Any], params: Any, *rest: Any) -> Any:
 
 
 def _on_scales(
-  inner: optax.GradientTransformation,
+  build: Callable[[Any], optax.GradientTransformation],
   *,
+  mask: groups.Mask = None,
   relative: bool,
   train_unquantized: bool,
   finish: Callable[[Any, Any], Any],
 ) -> optax.GradientTransformationExtraArgs:
-  """Runs `inner` on what QZO trains, as a tree of float arrays.
+  """Runs a transformation on what QZO trains, as a tree of float arrays.
 
-  With `relative`, the coordinates of a scale are its multiples.
+  `build` gives it, for the mask of these parameters. With `relative`, the
+  coordinates of a scale are its multiples.
   """
-  inner = optax.with_extra_args_support(inner)
+
+  def inner(params):
+    found = groups.resolve_quantized_mask(mask, params)
+    return optax.with_extra_args_support(build(found))
 
   def coordinates(param):
     if quantization.is_qtensor(param):
@@ -80,7 +86,7 @@ def _on_scales(
 
   def init(params):
     _check(params, train_unquantized)
-    return inner.init(_map(coordinates, params))
+    return inner(params).init(_map(coordinates, params))
 
   def update(updates, state, params=None, *, value_fn=None, **extra_args):
     if params is None:
@@ -89,7 +95,9 @@ def _on_scales(
     if value_fn is not None:
       at = lambda tree: value_fn(_map(insert, params, tree))
     tree = _map(coordinates, params)
-    steps, state = inner.update(tree, state, tree, value_fn=at, **extra_args)
+    steps, state = inner(params).update(
+      tree, state, tree, value_fn=at, **extra_args
+    )
     del updates
 
     def leaf(param, step):
@@ -110,6 +118,7 @@ def _with_scales(
   return quantization.QTensor(param.codes, scales, None, param.format)
 
 
+@arguments.checked()
 def scale_by_qzo(
   *,
   epsilon: float = 1e-3,
@@ -150,16 +159,18 @@ def scale_by_qzo(
       than float32, nothing to train, or unquantized parameters to be trained
       that are not floating; on update, no `value_fn`.
   """
+  slopes = spsa.scale_by_slopes(
+    epsilon=epsilon, num_samples=num_samples, clip=clip, seed=seed
+  )
   return _on_scales(
-    spsa.scale_by_slopes(
-      epsilon=epsilon, num_samples=num_samples, clip=clip, seed=seed
-    ),
+    lambda mask: slopes,
     relative=relative,
     train_unquantized=train_unquantized,
     finish=lambda param, step: step,
   )
 
 
+@arguments.checked()
 def qzo(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -169,6 +180,7 @@ def qzo(
   num_samples: int = 1,
   train_unquantized: bool = False,
   weight_decay: optax.ScalarOrSchedule = 0.0,
+  weight_decay_mask: groups.Mask = None,
   seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
   """QZO: Δ ← max(Δ - lr (d z + weight_decay Δ), 0), the codes fixed.
@@ -186,6 +198,7 @@ def qzo(
     train_unquantized: as for `scale_by_qzo`.
     weight_decay: decoupled decay of all that is trained, a value or a
       schedule; that of a scale decays its weights.
+    weight_decay_mask: which of them decay, as for `eco`.
     seed: as for `scale_by_mezo`.
 
   Returns:
@@ -198,7 +211,8 @@ def qzo(
     epsilon=epsilon, num_samples=num_samples, clip=clip, seed=seed
   )
   return _on_scales(
-    groups.descent(slopes, learning_rate, weight_decay),
+    lambda mask: groups.descent(slopes, learning_rate, weight_decay, mask=mask),
+    mask=weight_decay_mask,
     relative=relative,
     train_unquantized=train_unquantized,
     finish=lambda param, step: apply.Replacement.of(

@@ -8,7 +8,6 @@ are drawn again from a key wherever they are needed and never kept.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import meshes
-from optim import arguments, assembly, numerics
+from optim import assembly, numerics
 
 
 class SpsaState(NamedTuple):
@@ -137,16 +136,6 @@ def direction(params: Any, key: jax.Array, slopes: jax.Array) -> Any:
   return jax.tree.map(lambda x: x / n, total)
 
 
-def check_positive(name: str, value: Any) -> None:
-  """Refuses a plain number that is not positive; arrays pass.
-
-  Raises:
-    ValueError: naming the argument.
-  """
-  if isinstance(value, numbers.Real) and not value > 0:
-    raise ValueError(f"{name} must be positive, got {value!r}")
-
-
 def scale_by_slopes(
   *, epsilon: float, num_samples: int, clip: float | None, seed: int
 ) -> optax.GradientTransformationExtraArgs:
@@ -163,11 +152,8 @@ def scale_by_slopes(
     `value_fn` and the parameters; its updates are in at least float32.
 
   Raises:
-    ValueError: an argument out of range; on update, no `value_fn`.
+    ValueError: on update, no `value_fn`.
   """
-  check_positive("epsilon", epsilon)
-  check_positive("clip", clip)
-  arguments.check_whole("num_samples", num_samples)
 
   def init(params):
     del params

@@ -118,7 +118,8 @@ class StateBytesTest(parameterized.TestCase):
     # A float32 momentum, its counter, and Adam's two for the absent others.
     self.assertEqual(muon["state"], 4 * 5000 + 3 * 4)
     scale = optim.state_bytes(optim.column_normalized_sgd(0.1), params)
-    self.assertEqual(scale["state"], 4)
+    # The counters of momentum and vectors, and these moments' two weights.
+    self.assertEqual(scale["state"], 4 * 4)
 
   def test_int4_is_half_a_byte(self):
     params = {"w": jax.ShapeDtypeStruct((5, 3), jnp.int4)}

@@ -8,6 +8,7 @@ NumPy's.
 from __future__ import annotations
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +164,41 @@ def test_zero_and_tiny_gradients(row):
       assert np.all(np.isfinite(np.asarray(x, np.float32)))
     if size == 0:
       close(row.view(after), row.view(params), row, scale=0)
+
+
+@rows
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_is_seen(row, bad):
+  if row.needs_value:
+    pytest.skip("a loss has no place: all updates show it")
+  params = row.prepare(mixed_tree())
+  tx = row.factory(row.rate)
+  state, grads = tx.init(params), gradients(row.view(params))
+  update = jax.jit(update_of(tx, row))
+  # At the first step and at a later one, in either layer.
+  for layer in range(2):
+    place = layer if row.sparse else (layer, 1, 2)
+    up = grads["layers"]["up"].at[place].set(bad)
+    layers = {**grads["layers"], "up": up}
+    updates, _ = update({**grads, "layers": layers}, state, params)
+    new = row.view(row.apply(params, updates))
+    assert not np.all(np.isfinite(new["layers"]["up"][layer]))
+    np.testing.assert_array_equal(np.isfinite(new["lm_head"]), True)
+    _, state = update(grads, state, params)
+
+
+@rows
+def test_no_gradient_without_an_epsilon(row):
+  names = inspect.signature(row.factory).parameters
+  eps = {k: 0.0 for k in ("eps", "vector_eps") if k in names}
+  if not eps:
+    pytest.skip("it has no epsilon")
+  params = row.prepare(mixed_tree())
+  tx = row.factory(row.rate, **eps)
+  zeros = jax.tree.map(jnp.zeros_like, row.view(params))
+  state = tx.init(params)
+  updates, _ = jax.jit(update_of(tx, row))(zeros, state, params)
+  close(row.view(row.apply(params, updates)), row.view(params), row, scale=0)
 
 
 @rows

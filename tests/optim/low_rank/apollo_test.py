@@ -103,8 +103,9 @@ class ApolloTest(parameterized.TestCase):
     for shape in ((3, 64, 256), (3, 256, 64)):
       params = {"w": jnp.zeros(shape)}
       got = optim.state_bytes(optim.scale_by_apollo(rank=16), params)["state"]
-      # 2 r L + 1 per layer; the counter and the two words of the key.
-      self.assertEqual(got, 4 * 3 * (2 * 16 * 256 + 1) + 12)
+      # 2 r L + 1 per layer; the counter, the two words of the key and two
+      # sums of weights.
+      self.assertEqual(got, 4 * 3 * (2 * 16 * 256 + 1) + 20)
 
   def test_the_first_update_has_the_documented_size(self):
     # After one step Adam's entries are signs, so that each channel's norm is

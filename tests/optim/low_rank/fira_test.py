@@ -80,8 +80,8 @@ class FiraTest(parameterized.TestCase):
   def test_state_bytes(self):
     params = {"w": jnp.zeros((3, 64, 256))}
     got = optim.state_bytes(optim.scale_by_fira(rank=16), params)["state"]
-    # 2 r L + r S + 1 per layer, and the counter.
-    self.assertEqual(got, 4 * 3 * (2 * 16 * 256 + 16 * 64 + 1) + 4)
+    # 2 r L + r S + 1 per layer; the counter and two sums of weights.
+    self.assertEqual(got, 4 * 3 * (2 * 16 * 256 + 16 * 64 + 1) + 12)
 
   def test_a_limit_below_1_is_refused(self):
     with self.assertRaisesRegex(ValueError, "growth_limit must be at least 1"):

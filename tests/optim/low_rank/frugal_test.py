@@ -103,8 +103,8 @@ class FrugalTest(parameterized.TestCase):
 
     def state(**kwargs):
       tx = optim.scale_by_frugal(density=0.25, **kwargs)
-      # Without the counter and the key.
-      return optim.state_bytes(tx, params)["state"] - 12
+      # Without the counter, the key and two sums of weights.
+      return optim.state_bytes(tx, params)["state"] - 20
 
     held = 2 * 4 * 64 * 256 // 4
     self.assertEqual(state(), 4 * (held + 4 * 16))

@@ -47,10 +47,11 @@ def rates_of(learning_rate, n) -> np.ndarray:
 def horizons(rates, beta, decay) -> np.ndarray:
   """c_t of every step by the recursion from the far end, in float64."""
   rho = 1 - rates * decay
+  beta = np.broadcast_to(beta, rho.shape)
   c = np.zeros(len(rates) + 1)
-  c[-1] = beta / (rho[-1] - beta)
+  c[-1] = beta[-1] / (rho[-1] - beta[-1])
   for t in reversed(range(len(rates))):
-    c[t] = beta * (1 + c[t + 1]) / rho[t]
+    c[t] = beta[t] * (1 + c[t + 1]) / rho[t]
   return c
 
 
@@ -96,6 +97,46 @@ class TrajectoryTest(parameterized.TestCase):
     # Far below the errors that the grid makes:
     grid_error = np.abs(theta - z).max()
     self.assertGreater(grid_error, 100 * 8 * 2.0**-24 * magnitude)
+
+  @parameterized.parameters(
+    # All three; the momentum alone; the momentum and the rate.
+    ("cosine", (0.5, 0.95, 30), optax.linear_schedule(2.0, 0.0, 40)),
+    ("constant", (0.95, 0.6, 50), 0.0),
+    ("warmup", (0.9, 0.5, 20), 1.5),
+  )
+  def test_no_rounding_error_enters_z_with_schedules(self, rate, ends, decay):
+    n, rate, momentum = 40, SCHEDULES[rate], optax.linear_schedule(*ends)
+    params = {"w": quantization.quantize(sample((2, 16, 4)), "int4:8")}
+    grads = sample((n, 2, 16, 4), seed=1)
+    tx = optim.eco(rate, weight_decay=decay, momentum=momentum)
+    step, state = stepper(tx), tx.init(params)
+    rates, beta, decay = (rates_of(x, 1000) for x in (rate, momentum, decay))
+    c = horizons(rates, beta, decay)
+    z = np.asarray(params["w"].dequantize(), np.float64)
+    magnitude = 0.0
+    for t in range(n):
+      params, state = step(params, state, {"w": grads[t]})
+      z = (1 - rates[t] * decay[t]) * z
+      z = z - (1 + c[t + 1]) * (1 - beta[t]) * rates[t] * grads[t]
+      np.testing.assert_allclose(state.horizon, c[t + 1], rtol=1e-5)
+      theta = np.asarray(params["w"].dequantize(), np.float64)
+      pending = np.float64(state.horizon) * np.asarray(state.u["w"])
+      # As above.
+      magnitude += np.abs(theta).max() + np.abs(pending).max()
+      self.assertLess(
+        np.abs(theta - pending - z).max(), 8 * 2.0**-24 * magnitude
+      )
+    self.assertGreater(np.abs(theta - z).max(), 100 * 8 * 2.0**-24 * magnitude)
+
+  def test_a_momentum_of_0_loses_one_steps_errors(self):
+    params = {"w": quantization.quantize(sample((16, 4)), "int4:8")}
+    grads = sample((6, 16, 4), seed=1)
+    tx = optim.eco(0.1, momentum=lambda t: 0.9 * (t % 3 > 0))
+    step, state = stepper(tx), tx.init(params)
+    for t in range(6):
+      params, state = step(params, state, {"w": grads[t]})
+      self.assertTrue(np.all(np.isfinite(state.u["w"])))
+      self.assertTrue(np.all(np.isfinite(params["w"].dequantize())))
 
   def test_stateful_inner(self):
     n, inner = 20, optax.scale_by_rms(decay=0.9)

@@ -216,8 +216,8 @@ class MemoryTest(absltest.TestCase):
     got = optim.state_bytes(tx, params)["state"]
     bases = 256 * 64 // 2 + 4 * 64  # a scale per basis vector
     moments = 2 * (64 * 512 + 4 * 512)
-    # 7 numbers per layer, the counter and the key.
-    self.assertEqual(got, 3 * (bases + moments + 4 * 7) + 12)
+    # 7 numbers per layer; the counter, the key and two sums of weights.
+    self.assertEqual(got, 3 * (bases + moments + 4 * 7) + 20)
 
   def test_a_share_of_adam(self):
     # Weights and state in bytes per parameter at rank S / 4: 8-bit weights,

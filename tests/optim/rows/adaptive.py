@@ -12,6 +12,7 @@ ROWS: dict[str, Row] = {
       optim.spam, reset_every=15, warmup=2, grace=5, density=0.5
     ),
     rate=0.3,
+    sparse=True,
     static_args=("density",),
   ),
   "stable_spam": Row(functools.partial(optim.stable_spam, reset_every=100)),

@@ -31,6 +31,8 @@ class Row:
     needs_value: whether its update takes `value_fn` and no gradients.
     everywhere: whether it can bring parameters to any values. If not, its own
       tests show that it converges.
+    sparse: whether it leaves out the gradients of many entries of a matrix,
+      whatever they are.
     static_args: arguments that `optax.inject_hyperparams` must leave alone.
   """
 
@@ -44,6 +46,7 @@ class Row:
   remaining: float = 1e-2
   needs_value: bool = False
   everywhere: bool = True
+  sparse: bool = False
   static_args: tuple[str, ...] = ()
 
   @property
