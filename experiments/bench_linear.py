@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from absl import flags
 
 from experiments import (
@@ -61,12 +62,13 @@ def chunk_size(op: str, shape: cases.Shape, name: str) -> int | None:
   size = name.partition("/")[2]
   if not size:
     return None
-  return problem.check_chunk_size(
+  sizes = problem.check_chunk_size(
     None if size == AUTO else int(size),
     shape.length,
     delta=op not in cases.PLAIN,
     channels=shape.key if op in cases.CHANNELS else 0,
   )
+  return sizes[jax.default_backend() == "cpu"]
 
 
 class Trial:

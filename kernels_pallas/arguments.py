@@ -13,9 +13,21 @@ import numpy as np
 
 def floating(name: str, x: Any) -> jax.Array:
   """`x` as an array; TypeError unless it is floating."""
+  if x is None:
+    raise TypeError(f"{name} must be an array, got None")
   x = jnp.asarray(x)
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(f"{name} must be floating, got {x.dtype}")
+  return x
+
+
+def ranked(name: str, x: Any, letters: str) -> jax.Array:
+  """`x` as a floating array; ValueError unless it has an axis a letter."""
+  x = floating(name, x)
+  if x.ndim != letters.count(",") + 1:
+    raise ValueError(
+      f"{name} must have the shape [{letters}], got {list(x.shape)}"
+    )
   return x
 
 

@@ -6,32 +6,46 @@ arguments, returns and errors:
 
   scale: multiplies q; None is K**-0.5.
   initial_state: what the first segment starts from; None is zero.
-  segment_ids: int `[B, T]`, non-decreasing along T. The state restarts from
-    zero where the id changes, so that packed sequences do not see each
-    other, and the final state is that of the last segment. Decreasing ids
-    are refused where their values are known; when traced, every change of
-    the id starts a segment.
-  chunk_size: tokens of a chunk: 16, 32, 64, 128 or 256; None chooses for the
-    platform and T, on a CPU also to go token by token where that is faster
-    and nothing is differentiated. It changes rounding and speed, not meaning.
+  segment_ids: int `[B, T]`. The state restarts from zero wherever the id
+    changes, up or down, so that packed sequences do not see each other, and
+    the final state is that of the last segment. An id for padding at the end
+    is a segment too, whose state is the final one: give `lengths` then.
+  lengths: int `[B]`, how many of each row's tokens are real, from 0 to T; the
+    rest is padding. Padding is not read, its o is 0, and the final state is
+    that after the last real token (the initial one for length 0). Lengths
+    outside of 0 .. T are refused where their values are known, and brought
+    into it when traced.
+  chunk_size: tokens of a chunk: 16, 32, 64, 128 or 256; None chooses for T
+    and the platform that the function is lowered for, on a CPU also to go
+    token by token where that is faster and nothing is differentiated. It
+    changes rounding and speed, not meaning.
   num_splits: into how many pieces each sequence is cut; they run side by side
     and are then composed. It pays where there are fewer sequences and heads
     than the device runs at once, and costs a walk of V + K value channels
     (V + 2 K with momentum) instead of V.
   context_axis: inside `jax.shard_map`, the mesh axis that divides T, in
-    order: context parallelism. Arrays are the device's part; initial_state
-    is the state before the first device's tokens, equal on all; the final
-    state is that after the last device's, on all. Pallas implementations
-    inside a `jax.shard_map` need its `check_vma=False`.
+    order: context parallelism. Arrays are the device's part; lengths are
+    those of whole sequences and initial_state is the state before the first
+    device's tokens, equal on all; the final state is that after the last
+    device's, on all.
   implementation: "reference" (token by token), "xla" (chunks, any platform),
-    "pallas_tpu", "pallas_gpu"; a sequence of names is a preference order;
-    None is the best for the platform.
-  interpret: runs a Pallas implementation in Pallas's interpreter.
+    "pallas_tpu", "pallas_gpu"; a sequence of names is a preference order, of
+    which each platform that the function is lowered for takes the first that
+    it can; None is "xla".
+  interpret: runs a Pallas implementation in Pallas's interpreter; parameters
+    of its (`pltpu.InterpretParams`) choose which.
+
+Batch and heads may be divided over a mesh, of Auto axes, inside a
+`jax.shard_map`, or of Explicit axes (what `jax.make_mesh` makes). On Explicit
+axes what one array leaves whole and another divides is divided in both; where
+G has fewer heads than there are parts of H, it divides their number. T, K and V
+are not divided so: T is by `context_axis`.
 
 Each returns o, `[B, T, H, V]` in v's dtype, and the final state in float32
 (float64 where any input is float64, and then everything is computed in it).
 Every floating input can be differentiated, the initial state included, and
-so can both outputs.
+so can both outputs: in both modes and to any order with "xla" and
+"reference", once in reverse mode (`jax.grad`) with Pallas.
 
 Log gates above 0 mean growth: they are allowed and not checked. Those below
 about -100 underflow to a gate of exactly 0, which is harmless, and -inf is 0.
@@ -75,24 +89,27 @@ def _run(
   delta: bool,
   scale: Any,
   segment_ids: Any,
+  lengths: Any,
   chunk_size: Any,
   num_splits: Any,
   context_axis: Any,
   implementation: Implementation,
-  interpret: bool,
+  interpret: bool | Any,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   """Checks the options, runs, and gives o the dtype of `v` as it was given."""
-  length, decay = inputs.q.shape[1], inputs.log_decay
+  (b, length), decay = inputs.q.shape[:2], inputs.log_decay
+  size, cpu_size = problem.check_chunk_size(
+    chunk_size,
+    length,
+    delta=delta,
+    channels=decay.shape[-1] if decay.ndim == 4 else 0,
+  )
   options = problem.Options(
     scale=arguments.check_scale(scale, inputs.q.shape[-1]),
     delta=delta,
-    chunk_size=problem.check_chunk_size(
-      chunk_size,
-      length,
-      delta=delta,
-      channels=decay.shape[-1] if decay.ndim == 4 else 0,
-    ),
-    interpret=bool(interpret),
+    chunk_size=size,
+    cpu_chunk_size=cpu_size,
+    interpret=interpret,
     by_token=chunk_size is None and recurrent.faster(inputs, delta=delta),
   )
   pieces = problem.check_num_splits(num_splits, length)
@@ -100,12 +117,26 @@ def _run(
   if pieces > 1:
     run = functools.partial(split.run_split, run, pieces=pieces)
   if context_axis is None:
-    o, state = problem.run_divided(lambda x: run(x, options), inputs)
+    total, offset = length, 0
+    run_all = lambda inputs, real: run(inputs, options)
   else:
     problem.check_axis(context_axis)
-    o, state = split.run_context(
-      run, inputs, options, context_axis, segment_ids
+    total = length * jax.lax.axis_size(context_axis)
+    offset = length * jax.lax.axis_index(context_axis)
+    ids = problem.check_segments(segment_ids, b, length)
+    run_all = lambda inputs, real: split.run_context(
+      run, inputs, options, context_axis, ids, real
     )
+
+  def run_real(inputs, lengths):
+    if lengths is None:
+      return run_all(inputs, None)
+    real = offset + jnp.arange(length) < lengths[:, None]
+    o, state = run_all(problem.cut(inputs, real), real)
+    return jnp.where(real[:, :, None, None], o, 0), state
+
+  lengths = problem.check_lengths(lengths, b, total)
+  o, state = problem.run_divided(run_real, inputs, lengths)
   return o.astype(jnp.result_type(v)), state
 
 
@@ -122,11 +153,12 @@ def momentum_delta_rule(
   scale: float | None = None,
   initial_state: MomentumState | None = None,
   segment_ids: jax.Array | None = None,
+  lengths: jax.Array | None = None,
   chunk_size: int | None = None,
   num_splits: int = 1,
   context_axis: str | None = None,
   implementation: Implementation = None,
-  interpret: bool = False,
+  interpret: bool | Any = False,
 ) -> tuple[jax.Array, MomentumState]:
   """Momentum DeltaNet (arXiv:2605.05838), the delta rule of second order.
 
@@ -148,6 +180,7 @@ def momentum_delta_rule(
     scale: see the module, as for all that follow.
     initial_state: a pair `(s, n)`, each `[B, H, K, V]`.
     segment_ids: `[B, T]`.
+    lengths: `[B]`, the tokens that are real.
     chunk_size: tokens of a chunk, or None.
     num_splits: pieces of each sequence.
     context_axis: a mesh axis that divides T, or None.
@@ -174,6 +207,7 @@ def momentum_delta_rule(
     delta=True,
     scale=scale,
     segment_ids=segment_ids,
+    lengths=lengths,
     chunk_size=chunk_size,
     num_splits=num_splits,
     context_axis=context_axis,
@@ -194,11 +228,12 @@ def gated_delta_rule(
   scale: float | None = None,
   initial_state: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
+  lengths: jax.Array | None = None,
   chunk_size: int | None = None,
   num_splits: int = 1,
   context_axis: str | None = None,
   implementation: Implementation = None,
-  interpret: bool = False,
+  interpret: bool | Any = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Gated DeltaNet (arXiv:2412.06464), and DeltaNet without decay.
 
@@ -217,6 +252,7 @@ def gated_delta_rule(
     scale: see the module, as for all that follow.
     initial_state: `[B, H, K, V]`.
     segment_ids: `[B, T]`.
+    lengths: `[B]`, the tokens that are real.
     chunk_size: tokens of a chunk, or None.
     num_splits: pieces of each sequence.
     context_axis: a mesh axis that divides T, or None.
@@ -242,6 +278,7 @@ def gated_delta_rule(
     delta=True,
     scale=scale,
     segment_ids=segment_ids,
+    lengths=lengths,
     chunk_size=chunk_size,
     num_splits=num_splits,
     context_axis=context_axis,
@@ -262,11 +299,12 @@ def kda(
   scale: float | None = None,
   initial_state: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
+  lengths: jax.Array | None = None,
   chunk_size: int | None = None,
   num_splits: int = 1,
   context_axis: str | None = None,
   implementation: Implementation = None,
-  interpret: bool = False,
+  interpret: bool | Any = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Kimi Delta Attention (arXiv:2510.26692): a decay for every key channel.
 
@@ -284,6 +322,7 @@ def kda(
     scale: see the module, as for all that follow.
     initial_state: `[B, H, K, V]`.
     segment_ids: `[B, T]`.
+    lengths: `[B]`, the tokens that are real.
     chunk_size: tokens of a chunk, or None.
     num_splits: pieces of each sequence.
     context_axis: a mesh axis that divides T, or None.
@@ -310,6 +349,7 @@ def kda(
     delta=True,
     scale=scale,
     segment_ids=segment_ids,
+    lengths=lengths,
     chunk_size=chunk_size,
     num_splits=num_splits,
     context_axis=context_axis,
@@ -328,11 +368,12 @@ def linear_attention(
   scale: float | None = None,
   initial_state: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
+  lengths: jax.Array | None = None,
   chunk_size: int | None = None,
   num_splits: int = 1,
   context_axis: str | None = None,
   implementation: Implementation = None,
-  interpret: bool = False,
+  interpret: bool | Any = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Linear attention with any decay and no correction of the values.
 
@@ -348,6 +389,7 @@ def linear_attention(
     scale: see the module, as for all that follow.
     initial_state: `[B, H, K, V]`.
     segment_ids: `[B, T]`.
+    lengths: `[B]`, the tokens that are real.
     chunk_size: tokens of a chunk, or None.
     num_splits: pieces of each sequence.
     context_axis: a mesh axis that divides T, or None.
@@ -373,6 +415,7 @@ def linear_attention(
     delta=False,
     scale=scale,
     segment_ids=segment_ids,
+    lengths=lengths,
     chunk_size=chunk_size,
     num_splits=num_splits,
     context_axis=context_axis,

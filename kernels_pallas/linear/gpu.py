@@ -14,12 +14,10 @@ sums over columns of V exist and results do not depend on an order of programs.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import pieces
+from kernels_pallas import meshes, pieces, rules
 from kernels_pallas.linear import (
   chunk,
   gpu_plan,
@@ -53,24 +51,23 @@ def run(
   _, length, _, key_size = inputs.q.shape
   value_size = inputs.v.shape[-1]
   padded = gpu_plan.pad(inputs, plan)
-  o, state = _run(padded._replace(segments=None), padded.segments, plan)
+  o, state = _RULE(plan, padded._replace(segments=None), padded.segments)
   return o[:, :length, :, :value_size], tuple(
     x[:, :, :key_size, :value_size] for x in state
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _run(inputs, segments, plan):
+def _primal(plan, inputs, segments):
   return _forward(inputs, segments, plan)[:2]
 
 
-def _run_forward(inputs, segments, plan):
+def _kept_forward(plan, inputs, segments):
   o, state, inverses, entered = _forward(inputs, segments, plan, keep=True)
   return (o, state), (inputs, segments, inverses, entered)
 
 
-def _run_backward(plan, residuals, cotangents):
-  inputs, segments, inverses, entered = residuals
+def _transposed(plan, kept, cotangents):
+  inputs, segments, inverses, entered = kept
   do, dstate = cotangents
   system, pullback = jax.vjp(lambda x: _system(x, segments, plan), inputs)
   walk = _walk(inputs, system, inverses, plan)
@@ -91,7 +88,9 @@ def _run_backward(plan, residuals, cotangents):
   return dinputs._replace(v=dv.astype(inputs.v.dtype), state=dstate), None
 
 
-_run.defvjp(_run_forward, _run_backward)
+_RULE = rules.Rule(
+  _primal, _kept_forward, _transposed, plain=None, name="pallas_gpu"
+)
 
 
 def _system(inputs, segments, plan: Plan) -> chunk.System:
@@ -109,8 +108,9 @@ def _system(inputs, segments, plan: Plan) -> chunk.System:
   )
   how = dict(scale=plan.scale, delta=plan.delta)
   if inputs.log_decay.ndim == 3:
-    return chunk.scalar_system(*operands, **how, precision=plan.precision)
-  system = vector.vector_system(*operands, **how)
+    system = chunk.scalar_system(*operands, **how, precision=plan.precision)
+    return meshes.vary_alike(system)
+  system = meshes.vary_alike(vector.vector_system(*operands, **how))
   # As the walk reads them.
   narrow = lambda x: None if x is None else x.astype(inputs.q.dtype)
   return system._replace(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from kernels_pallas import pieces, products
+from kernels_pallas import pieces, products, rules
 from kernels_pallas.linear import chunk
 from kernels_pallas.linear.gpu_plan import Plan
 
@@ -168,17 +168,17 @@ def _call(kernel, walk: Walk, values, states, outputs, plan: Plan, name: str):
   }
   state = states[0]
   shapes = {
-    "values": jax.ShapeDtypeStruct(values.shape, values.dtype),
-    "state": jax.ShapeDtypeStruct(state.shape, state.dtype),
+    "values": rules.out_shape(values.shape, values.dtype),
+    "state": rules.out_shape(state.shape, state.dtype),
     # As the products that read them again have their other operands.
-    "states": jax.ShapeDtypeStruct((count, *state.shape), values.dtype),
+    "states": rules.out_shape((count, *state.shape), values.dtype),
   }
   read = lambda table: jax.tree.map(table.get, outputs)
   # JAX says so at each lowering; it is this module's business, see above.
   warnings.filterwarnings(
     "ignore", "The Pallas Triton backend is deprecated", DeprecationWarning
   )
-  return pl.pallas_call(
+  call = pl.pallas_call(
     functools.partial(kernel, plan=plan),
     grid=(b * heads, plan.value_size // plan.width),
     in_specs=(
@@ -191,7 +191,8 @@ def _call(kernel, walk: Walk, values, states, outputs, plan: Plan, name: str):
     compiler_params=pltriton.CompilerParams(num_warps=plan.warps, num_stages=2),
     interpret=plan.interpret,
     name=name,
-  )(walk, values, states)
+  )
+  return rules.kernel(call, walk, values, states, name="pallas_gpu")
 
 
 class _Chunk:

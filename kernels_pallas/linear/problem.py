@@ -66,15 +66,18 @@ class Inputs(NamedTuple):
 
 
 def run_divided(
-  f: Callable[[Inputs], tuple[jax.Array, tuple[jax.Array, ...]]],
+  f: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]],
   inputs: Inputs,
+  lengths: jax.Array | None = None,
+  *,
   state_name: str = "initial_state",
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  """`f(inputs)`, by `meshes.run` on each device's part of the arrays.
+  """`f(inputs, lengths)`, by `meshes.run` on each device's part of the arrays.
 
   Args:
-    f: returns o and the final state.
+    f: of `inputs` and `lengths`, returns o and the final state.
     inputs: the arrays; those of one token lack T.
+    lengths: int `[B]` or None.
     state_name: what the caller calls the state.
 
   Returns:
@@ -88,13 +91,17 @@ def run_divided(
   if inputs.v.ndim == 3:
     letters = [x.replace("T", "") for x in letters]
   layout = meshes.Layout(
-    arrays=dict(zip(names, (*letters, "BHKV", "BT"), strict=True)),
+    arrays=dict(
+      zip((*names, "lengths"), (*letters, "BHKV", "BT", "B"), strict=True)
+    ),
     out=(letters[3], ("BHKV",) * len(inputs.state)),
     hints={"T": "jax.reshard it, or see context_axis"},
   )
   return meshes.run(
-    lambda arrays: f(Inputs(*(arrays[name] for name in names))),
-    dict(zip(names, inputs, strict=True)),
+    lambda arrays: f(
+      Inputs(*(arrays[name] for name in names)), arrays["lengths"]
+    ),
+    dict(zip(names, inputs, strict=True)) | {"lengths": lengths},
     layout,
   )
 
@@ -106,11 +113,12 @@ class Options:
   Attributes:
     scale: multiplies q.
     delta: whether values are corrected by what the state predicts.
-    chunk_size: tokens of a chunk.
+    chunk_size: tokens of a chunk, on accelerators.
     interpret: whether Pallas kernels are interpreted, or with which
       parameters (`pltpu.InterpretParams`).
-    by_token: whether `xla` goes token by token where nothing is
+    by_token: whether `xla` goes token by token on CPUs where nothing is
       differentiated.
+    cpu_chunk_size: `xla`'s on CPUs, None for the same.
   """
 
   scale: float
@@ -118,6 +126,7 @@ class Options:
   chunk_size: int
   interpret: bool | Any
   by_token: bool = False
+  cpu_chunk_size: int | None = None
 
 
 def _gate(
@@ -211,8 +220,7 @@ def make_inputs(
   }
   wanted = (b, h, size, value_size)
   states = _states(state_name, state, fields, wanted)
-  if segment_ids is not None:
-    segment_ids = ordinals(segment_ids, b, t)
+  segment_ids = check_segments(segment_ids, b, t)
 
   narrow = jnp.result_type(*(x for x in (q, k, p, v) if x is not None))
   wide = [x for x in (*gates.values(), *(states or ())) if x is not None]
@@ -241,7 +249,7 @@ def make_inputs(
     beta=gate("beta"),
     eta=gate("eta"),
     state=tuple(x.astype(dtype) for x in states),
-    segments=segment_ids,
+    segments=None if segment_ids is None else ordinals(segment_ids),
   )
 
 
@@ -273,8 +281,8 @@ def sizes(q: jax.Array, v: jax.Array) -> tuple[int, int, int, int, int, int]:
 
 def check_chunk_size(
   chunk_size: Any, length: int, *, delta: bool = True, channels: int = 0
-) -> int:
-  """`chunk_size`, or the best for the platform and T = `length` for None.
+) -> tuple[int, int]:
+  """`chunk_size`, or the best for T = `length`: on accelerators and on CPUs.
 
   The work inside a chunk grows with C where that between chunks shrinks with
   it. CPU cores do no product of 64 rows faster than one of 32, so they want
@@ -293,29 +301,77 @@ def check_chunk_size(
     ValueError: unless it is None or one of `CHUNK_SIZES`.
   """
   if chunk_size is None:
-    best = 64
-    if jax.default_backend() == "cpu" and (delta or channels):
-      best = 16 if delta and 0 < channels <= 64 else 32
-    return next(x for x in CHUNK_SIZES if x >= min(best, length))
-  if isinstance(chunk_size, bool) or chunk_size not in CHUNK_SIZES:
+    best = cpu_best = 64
+    if delta or channels:
+      cpu_best = 16 if delta and 0 < channels <= 64 else 32
+    fit = lambda most: next(x for x in CHUNK_SIZES if x >= min(most, length))
+    return fit(best), fit(cpu_best)
+  try:
+    size = arguments.integer("chunk_size", chunk_size, 1)
+  except ValueError:
+    size = None
+  if size not in CHUNK_SIZES:
     raise ValueError(
       f"chunk_size must be None or one of {list(CHUNK_SIZES)}, got "
       f"{chunk_size!r}"
     )
-  return int(chunk_size)
+  return size, size
 
 
 def check_num_splits(num_splits: Any, length: int) -> int:
   """`num_splits`, ValueError unless it is an int from 1 to T = `length`."""
-  if (
-    isinstance(num_splits, bool)
-    or not isinstance(num_splits, int | np.integer)
-    or not 1 <= num_splits <= length
-  ):
+  try:
+    return arguments.integer("num_splits", num_splits, 1, length)
+  except ValueError as e:
     raise ValueError(
       f"num_splits must be an int from 1 to T = {length}, got {num_splits!r}"
-    )
-  return int(num_splits)
+    ) from e
+
+
+def check_lengths(lengths: Any, b: int, t: int) -> jax.Array | None:
+  """`lengths` as int32 `[B]`, those that are traced brought to 0 .. T.
+
+  Raises:
+    TypeError: unless they are integers.
+    ValueError: for another shape, and for known ones outside of 0 .. T.
+  """
+  if lengths is None:
+    return None
+  lengths = arguments.integers("lengths", lengths)
+  arguments.check_shape("lengths", lengths, (b,), "B")
+  if arguments.known(lengths):
+    values = np.asarray(lengths)
+    if values.size and not (0 <= values.min() and values.max() <= t):
+      raise ValueError(
+        f"lengths must be from 0 to T = {t}, got {values.tolist()}"
+      )
+  if isinstance(lengths, np.ndarray):
+    return jnp.asarray(lengths.astype(np.int32))
+  least = 0 if jnp.issubdtype(lengths.dtype, jnp.signedinteger) else None
+  return jnp.clip(lengths, least, min(t, jnp.iinfo(lengths.dtype).max)).astype(
+    jnp.int32
+  )
+
+
+def cut(inputs: Inputs, real: jax.Array) -> Inputs:
+  """Tokens that are not real become such as change nothing.
+
+  They write, erase and decay nothing, and belong to the last real token's
+  segment. NaN in them goes nowhere, and their gradients are 0.
+
+  Args:
+    inputs: the arrays.
+    real: bool `[B, T]`, true up to each row's length.
+  """
+  mask = lambda x: jnp.where(
+    real.reshape(real.shape + (1,) * (x.ndim - 2)), x, 0
+  )
+  tokens = jax.tree.map(mask, inputs._replace(state=None, segments=None))
+  segments = inputs.segments
+  if segments is not None:
+    last = jnp.max(jnp.where(real, segments, 0), axis=1, keepdims=True)
+    segments = jnp.where(real, segments, last)
+  return tokens._replace(state=inputs.state, segments=segments)
 
 
 def check_axis(context_axis: Any) -> None:
@@ -329,30 +385,22 @@ def check_axis(context_axis: Any) -> None:
     ) from e
 
 
-def ordinals(segment_ids: Any, b: int, t: int) -> jax.Array:
-  """Numbers the segments of each row 0, 1, ...: int32 `[B, T]`.
+def ordinals(segment_ids: jax.Array) -> jax.Array:
+  """Numbers the runs of equal ids of each row 0, 1, ...: int32 `[B, T]`."""
+  change = segment_ids[:, 1:] != segment_ids[:, :-1]
+  change = jnp.cumsum(change.astype(jnp.int32), axis=1)
+  return jnp.pad(change, ((0, 0), (1, 0)))
 
-  Args:
-    segment_ids: int `[B, T]`, non-decreasing along T. That is checked for
-      concrete values; traced ones start a segment wherever they change.
-    b: B.
-    t: T.
 
-  Returns:
-    int32 `[B, T]`.
+def check_segments(segment_ids: Any, b: int, t: int) -> jax.Array | None:
+  """`segment_ids` as int32 `[B, T]`, equal where they were.
 
   Raises:
-    TypeError: unless it is an integer array.
-    ValueError: for another shape, or for ids that decrease.
+    TypeError: unless they are integers.
+    ValueError: for another shape.
   """
-  arguments.check_integers("segment_ids", segment_ids)
+  if segment_ids is None:
+    return None
+  segment_ids = arguments.integers("segment_ids", segment_ids)
   arguments.check_shape("segment_ids", segment_ids, (b, t), "B, T")
-  ids = jnp.asarray(segment_ids)
-  if arguments.known(segment_ids):
-    values = np.asarray(segment_ids)
-    if np.any(values[:, 1:] < values[:, :-1]):
-      raise ValueError(
-        "segment_ids must not decrease along T, got a row that does"
-      )
-  change = (ids[:, 1:] != ids[:, :-1]).astype(jnp.int32)
-  return jnp.pad(jnp.cumsum(change, axis=1), ((0, 0), (1, 0)))
+  return arguments.renumbered(segment_ids)

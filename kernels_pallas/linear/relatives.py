@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import arguments
+from kernels_pallas import arguments, meshes
 from kernels_pallas.linear import api, problem, steps
 
 
@@ -45,10 +45,14 @@ def gdn2(
   Returns:
     o, `[B, T, H, V]`, and the final state `[B, H, K, V]`.
   """
-  b, t, _, h, size, width = problem.sizes(q, v)
-  erase = arguments.shaped("erase", erase, (b, t, h, size), "B, T, H, K")
+  q, v = arguments.floating("q", q), arguments.floating("v", v)
+  b, t, g, h, size, width = problem.sizes(q, v)
+  k = arguments.shaped("k", k, (b, t, g, size), "B, T, G, K")
+  wanted = b, t, h, size
+  log_decay = arguments.shaped("log_decay", log_decay, wanted, "B, T, H, K")
+  erase = arguments.shaped("erase", erase, wanted, "B, T, H, K")
   write = arguments.shaped("write", write, (b, t, h, width), "B, T, H, V")
-  args, erase_key = _gdn2(q, k, v, log_decay, erase, write, 2)
+  args, erase_key = _gdn2(q, k, v, log_decay, erase, write, "BT")
   o, state = api.kda(*args, erase_key=erase_key, **how)
   return o.astype(v.dtype), state
 
@@ -65,18 +69,44 @@ def gdn2_step(
   scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """One token of `gdn2`; arrays lack its T axis."""
-  args, erase_key = _gdn2(q, k, v, log_decay, erase, write, 1)
+  q = arguments.ranked("q", q, "B, G, K")
+  v = arguments.ranked("v", v, "B, H, V")
+  k = arguments.shaped("k", k, q.shape, "B, G, K")
+  (b, _, size), (h, width) = q.shape, v.shape[1:]
+  if h % q.shape[1]:
+    raise ValueError(
+      f"v must have a multiple of q's and k's {q.shape[1]} heads, got {h} heads"
+    )
+  log_decay = arguments.shaped("log_decay", log_decay, (b, h, size), "B, H, K")
+  erase = arguments.shaped("erase", erase, (b, h, size), "B, H, K")
+  write = arguments.shaped("write", write, (b, h, width), "B, H, V")
+  args, erase_key = _gdn2(q, k, v, log_decay, erase, write, "B")
   o, state = steps.kda_step(state, *args, erase_key=erase_key, scale=scale)
   return o.astype(v.dtype), state
 
 
-def _gdn2(q, k, v, log_decay, erase, write, axis):
+def _gdn2(q, k, v, log_decay, erase, write, letters):
   """`kda`'s arguments and erase key, with one key head per value head."""
-  repeat = v.shape[axis] // k.shape[axis]
-  q, k = (jnp.repeat(x, repeat, axis=axis) for x in (q, k))
+  keys, values = f"{letters}GK", f"{letters}HV"
+  wide = f"{letters}HK"
+
+  def expand(x):
+    axis = len(letters)
+    repeat = x["v"].shape[axis] // x["k"].shape[axis]
+    q, k = (jnp.repeat(x[name], repeat, axis=axis) for name in "qk")
+    erase_key = jnp.exp(x["log_decay"]) * x["erase"] * k
+    return q, k, x["write"] * x["v"], erase_key
+
+  layout = meshes.Layout(
+    arrays=dict(
+      q=keys, k=keys, v=values, log_decay=wide, erase=wide, write=values
+    ),
+    out=(wide, wide, values, wide),
+  )
+  arrays = dict(q=q, k=k, v=v, log_decay=log_decay, erase=erase, write=write)
+  q, k, v, erase_key = meshes.run(expand, arrays, layout)
   ones = jnp.ones(v.shape[:-1], log_decay.dtype)
-  erase_key = jnp.exp(log_decay) * erase * k
-  return (q, k, write * v, log_decay, ones), erase_key
+  return (q, k, v, log_decay, ones), erase_key
 
 
 def rwkv7(
@@ -108,11 +138,9 @@ def rwkv7(
   Returns:
     o, `[B, T, H, V]`, and the final state `[B, H, K, V]`.
   """
-  for name, x in (("k", k), ("a", a), ("b", b)):
-    arguments.shaped(name, x, q.shape, "B, T, H, K")
+  (q, v), (log_decay, k, a, b) = _rwkv7(q, v, log_decay, k, a, b, "B, T, H")
   zero_k, zero_v = jnp.zeros_like(k), jnp.zeros_like(v)
   pair = lambda first, second: _interleave((first, second))
-  ids = how.pop("segment_ids", None)
   o, state = api.kda(
     pair(zero_k, q),
     pair(b, k),
@@ -121,8 +149,7 @@ def rwkv7(
     jnp.ones((q.shape[0], 2 * q.shape[1], q.shape[2]), log_decay.dtype),
     erase_key=pair(-a, zero_k),
     scale=scale,
-    segment_ids=None if ids is None else jnp.repeat(ids, 2, axis=1),
-    **how,
+    **_micro(how, *q.shape[:2], 2),
   )
   return o[:, 1::2], state
 
@@ -139,6 +166,7 @@ def rwkv7_step(
   scale: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
   """One token of `rwkv7`; arrays lack its T axis."""
+  (q, v), (log_decay, k, a, b) = _rwkv7(q, v, log_decay, k, a, b, "B, H")
   ones = jnp.ones(q.shape[:-1], log_decay.dtype)
   zero = jnp.zeros_like(log_decay)
   _, state = steps.kda_step(
@@ -171,32 +199,23 @@ def delta_product(
     o, `[B, T, H, V]`, after the last step, and the final state
     `[B, H, K, V]`.
   """
-  if k.ndim != 5 or k.shape[:2] + k.shape[3:] != q.shape:
-    raise ValueError(
-      "k must have the shape [B, T, N, G, K] with q's [B, T, G, K] = "
-      f"{list(q.shape)}, got {list(k.shape)}"
-    )
+  q, k, v, beta = _delta_product(q, k, v, beta, "B, T")
+  if log_decay is not None:
+    wanted = *q.shape[:2], v.shape[3]
+    log_decay = arguments.shaped("log_decay", log_decay, wanted, "B, T, H")
   count = k.shape[2]
-  for name, x in (("v", v), ("beta", beta)):
-    if x.shape[:3] != k.shape[:3]:
-      raise ValueError(
-        f"{name} must begin with [B, T, N] = {list(k.shape[:3])} as k does, "
-        f"got {list(x.shape)}"
-      )
   flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
   nothing = [jnp.zeros_like(q)] * (count - 1)
   if log_decay is not None:
     rest = [jnp.zeros_like(log_decay)] * (count - 1)
     log_decay = _interleave((log_decay, *rest))
-  ids = how.pop("segment_ids", None)
   o, state = api.gated_delta_rule(
     _interleave((*nothing, q)),
     flat(k),
     flat(v),
     log_decay,
     flat(beta),
-    segment_ids=None if ids is None else jnp.repeat(ids, count, axis=1),
-    **how,
+    **_micro(how, *q.shape[:2], count),
   )
   return o[:, count - 1 :: count], state
 
@@ -212,6 +231,7 @@ def delta_product_step(
   scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """One token of `delta_product`; arrays lack its T axis."""
+  q, k, v, beta = _delta_product(q, k, v, beta, "B")
   o = None
   for i in range(k.shape[1]):
     o, state = steps.gated_delta_rule_step(
@@ -219,6 +239,48 @@ def delta_product_step(
     )
     log_decay = None
   return o, state
+
+
+def _rwkv7(q, v, log_decay, k, a, b, letters):
+  """The arrays of `rwkv7` or of its step, checked; `letters` but K and V."""
+  q = arguments.ranked("q", q, f"{letters}, K")
+  v = arguments.ranked("v", v, f"{letters}, V")
+  arguments.check_shape("v", v, (*q.shape[:-1], v.shape[-1]), f"{letters}, V")
+  others = dict(log_decay=log_decay, k=k, a=a, b=b)
+  return (q, v), [
+    arguments.shaped(name, x, q.shape, f"{letters}, K")
+    for name, x in others.items()
+  ]
+
+
+def _delta_product(q, k, v, beta, letters):
+  """The arrays of `delta_product` or of its step; `letters` before N."""
+  q = arguments.ranked("q", q, f"{letters}, G, K")
+  k = arguments.ranked("k", k, f"{letters}, N, G, K")
+  at = q.ndim - 2
+  if k.shape[:at] + k.shape[at + 1 :] != q.shape or not k.shape[at]:
+    raise ValueError(
+      f"k must have the shape [{letters}, N, G, K] with N at least 1 and q's "
+      f"[{letters}, G, K] = {list(q.shape)}, got {list(k.shape)}"
+    )
+  v = arguments.ranked("v", v, f"{letters}, N, H, V")
+  front = k.shape[: at + 1]
+  wanted = (*front, *v.shape[-2:])
+  v = arguments.shaped("v", v, wanted, f"{letters}, N, H, V")
+  wanted = (*front, v.shape[-2])
+  beta = arguments.shaped("beta", beta, wanted, f"{letters}, N, H")
+  return q, k, v, beta
+
+
+def _micro(how, b, t, count):
+  """Keyword arguments that count tokens, where each is `count` of them."""
+  how = dict(how)
+  lengths = problem.check_lengths(how.pop("lengths", None), b, t)
+  ids = problem.check_segments(how.pop("segment_ids", None), b, t)
+  return how | dict(
+    lengths=None if lengths is None else lengths * count,
+    segment_ids=None if ids is None else jnp.repeat(ids, count, axis=1),
+  )
 
 
 def _interleave(parts):

@@ -13,11 +13,13 @@ The price is the walk of V + M K value channels instead of V.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import meshes
 from kernels_pallas.linear import layout, problem
 
 States = tuple[jax.Array, ...]
@@ -39,7 +41,8 @@ def run_split(
     As `run` does, with o in the states' dtype.
   """
   b, length = inputs.q.shape[:2]
-  inputs = layout.pad(inputs, pieces * options.chunk_size)
+  size = min(options.chunk_size, options.cpu_chunk_size or options.chunk_size)
+  inputs = layout.pad(inputs, pieces * size)
   part = inputs.q.shape[1] // pieces
   fold = lambda x: x.reshape(b * pieces, part, *x.shape[2:])
   unfold = lambda x: x.reshape(b, pieces, *x.shape[1:])
@@ -71,6 +74,7 @@ def run_context(
   options: problem.Options,
   axis: str,
   segment_ids: jax.Array | None,
+  real: jax.Array | None,
 ) -> tuple[jax.Array, States]:
   """Runs the piece that this device of a `shard_map` axis holds.
 
@@ -81,20 +85,34 @@ def run_context(
     options: the static part.
     axis: the mesh axis that divides T, in order.
     segment_ids: this device's `[B, T]`, to compare across the border.
+    real: bool `[B, T]`, which tokens are not padding, or None for all.
 
   Returns:
     o of this device's tokens, in the states' dtype, and the state after the
     last device's, on all devices.
   """
+  state = inputs.state
+  inputs, segment_ids, real = meshes.vary_alike(
+    (inputs._replace(state=None), segment_ids, real)
+  )
+  inputs = inputs._replace(state=state)
   o, omega, psi, phi = _maps(run, inputs, options)
-  gather = lambda x: jax.lax.all_gather(x, axis)
   index = jax.lax.axis_index(axis)
+  # Under `check_vma` what is equal on all devices is typed so.
+  typed = axis in jax.typeof(index).manual_axis_type.varying
+  gather = functools.partial(
+    jax.lax.all_gather, axis_name=axis, to="invarying" if typed else "varying"
+  )
   psi, phi = jax.tree.map(gather, (psi, phi))
   keep = jnp.ones((psi[0].shape[0], o.shape[0]), bool)
   if segment_ids is not None:
     start, end = gather(segment_ids[:, 0]), gather(segment_ids[:, -1])
-    keep = keep.at[1:].set(start[1:] == end[:-1])
-  entering, final = _compose(psi, phi, keep, inputs.state)
+    same = start[1:] == end[:-1]
+    if real is not None:  # Padding goes on with what is before it.
+      same |= ~gather(real[:, 0])[1:]
+    keep = keep.at[1:].set(same)
+  pieces = meshes.vary_alike((psi, phi, keep, state))
+  entering, final = _compose(*pieces)
   mine = [jax.lax.dynamic_index_in_dim(x, index, 0, False) for x in entering]
   return o + _outputs(omega, mine), final
 

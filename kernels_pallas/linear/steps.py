@@ -189,10 +189,10 @@ def _step(vectors, gates, state, scale, *, delta, **how):
   token = jax.tree.map(lambda x: x[:, 0], inputs._replace(state=None))
   token = token._replace(state=inputs.state)
 
-  advance = lambda token: recurrent.advance(
+  advance = lambda token, _: recurrent.advance(
     token, token.state, scale=scale, delta=delta
   )
-  o, state = problem.run_divided(advance, token, "state")
+  o, state = problem.run_divided(advance, token, state_name="state")
   return o.astype(jnp.result_type(vectors[3])), state
 
 

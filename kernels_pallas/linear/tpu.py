@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import tpu_core
+from kernels_pallas import rules, tpu_core
 from kernels_pallas.linear import (
   chunk,
   layout,
@@ -64,7 +64,7 @@ def run(
   plan = tpu_plan.make(inputs, options)
   b, length, heads, value_size = inputs.v.shape
   operands = _operands(inputs, plan)
-  o, state = _run(operands, plan)
+  o, state = _RULE(plan, operands)
   o = o.reshape(b, -1, heads, plan.value_size)[:, :length, :, :value_size]
   key_size = inputs.q.shape[-1]
   return o.astype(dtype), tuple(x[:, :, :key_size, :value_size] for x in state)
@@ -123,23 +123,24 @@ def _segments(ids: jax.Array | None, plan: Plan) -> jax.Array | None:
   return jnp.stack([ids, jnp.broadcast_to(entering, ids.shape)], axis=2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _run(operands: Operands, plan: Plan):
+def _primal(plan: Plan, operands: Operands):
   o, final, _ = _forward(operands, plan, entered=False)
   return o, final
 
 
-def _run_forward(operands: Operands, plan: Plan):
+def _kept_forward(plan: Plan, operands: Operands):
   o, final, entered = _forward(operands, plan, entered=True)
   return (o, final), (operands._replace(state=()), entered)
 
 
-def _run_backward(plan: Plan, residuals, cotangents):
-  operands, entered = residuals
+def _transposed(plan: Plan, kept, cotangents):
+  operands, entered = kept
   return (_backward(operands, entered, *cotangents, plan),)
 
 
-_run.defvjp(_run_forward, _run_backward)
+_RULE = rules.Rule(
+  _primal, _kept_forward, _transposed, plain=None, name="pallas_tpu"
+)
 
 
 def _specs(operands: Operands, plan: Plan, when) -> Operands:
@@ -194,7 +195,7 @@ def _specs(operands: Operands, plan: Plan, when) -> Operands:
 
 def _entered(plan: Plan, when):
   """Shapes and blocks of the states that enter the chunks."""
-  shape = jax.ShapeDtypeStruct(
+  shape = rules.out_shape(
     (
       plan.batch,
       plan.chunks,
@@ -213,7 +214,7 @@ def _entered(plan: Plan, when):
 
 def _call(kernel, plan: Plan, name: str, in_specs, out_specs, out_shape, cost):
   scratch = (plan.heads, plan.key_size, plan.value_width)
-  return pl.pallas_call(
+  call = pl.pallas_call(
     functools.partial(kernel, plan=plan),
     grid=(plan.batch, plan.blocks, plan.splits, plan.chunks),
     in_specs=in_specs,
@@ -228,13 +229,14 @@ def _call(kernel, plan: Plan, name: str, in_specs, out_specs, out_shape, cost):
     interpret=plan.interpret,
     name=name,
   )
+  return functools.partial(rules.kernel, call, name="pallas_tpu")
 
 
 def _forward(operands: Operands, plan: Plan, entered: bool):
   """o `[B, T, H * V]`, the final states, and those that entered chunks."""
   when = lambda n: n
   specs = _specs(operands, plan, when)
-  shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  shape = lambda x: rules.out_shape(x.shape, x.dtype)
   shapes, blocks = _entered(plan, when) if entered else ((), ())
   out = shape(operands.v), tuple(shape(x) for x in operands.state), shapes
   return _call(
@@ -255,16 +257,16 @@ def _gradients(operands: Operands, dfinal, plan: Plan, when):
   and have the splits of V in front.
   """
   specs = _specs(operands._replace(state=dfinal), plan, when)
-  shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  shape = lambda x: rules.out_shape(x.shape, x.dtype)
   key_lanes = plan.blocks * plan.keys * plan.key_size
   alone = plan.splits * plan.parts == 1
-  key_shape = jax.ShapeDtypeStruct(
+  key_shape = rules.out_shape(
     (plan.splits, *operands.q.shape[:2], key_lanes),
     plan.narrow if alone else plan.wide,
   )
   tokens = lambda b, h, s, n: (s, b, when(n), h)
   key = pl.BlockSpec((None, *specs.q.block_shape), tokens)
-  split = lambda x: jax.ShapeDtypeStruct((plan.splits, *x.shape), x.dtype)
+  split = lambda x: rules.out_shape((plan.splits, *x.shape), x.dtype)
   shapes = Operands(
     q=key_shape,
     k=key_shape,

@@ -93,22 +93,31 @@ def test_segment_ids():
     run(options=dict(segment_ids=ids.astype(np.float32)))
   with pytest.raises(ValueError, match=r"^segment_ids .*\[2, 6\].*\[6\]"):
     run(options=dict(segment_ids=ids[0]))
-  ids[1, 3:] = -1
-  for decreasing in (ids, jnp.asarray(ids)):
-    with pytest.raises(ValueError, match="^segment_ids must not decrease"):
-      run(options=dict(segment_ids=decreasing))
 
 
-def test_traced_segment_ids_start_a_segment_at_every_change():
+def test_every_change_of_the_segment_id_starts_a_segment():
+  """Eagerly as when traced, up or down, in all of its bits."""
   arrays = arguments("gdn")
-  f = jax.jit(
-    lambda ids: cases.call(
-      kernels_pallas.gated_delta_rule, arrays, segment_ids=ids
-    )
+  f = lambda ids: cases.call(
+    kernels_pallas.gated_delta_rule, arrays, segment_ids=ids
   )
-  down = f(jnp.array([[3, 3, 1, 1, 3, 3]] * 2))
-  up = f(jnp.array([[0, 0, 1, 1, 2, 2]] * 2))
-  jax.tree.map(np.testing.assert_array_equal, down, up)
+  up = np.array([[0, 0, 1, 1, 2, 2]] * 2)
+  down = np.array([[3, 3, 1, 1, 0, 0]] * 2)
+  large = np.array([[0, 0, 2**32, 2**32, 0, 0]] * 2)
+  same = lambda *pair: jax.tree.map(np.testing.assert_array_equal, *pair)
+  same(f(down), f(up))
+  same(f(large), f(up))
+  same(jax.jit(f)(jnp.asarray(down)), jax.jit(f)(jnp.asarray(up)))
+
+
+def test_lengths():
+  for wrong in (np.array([3, 7]), np.array([-1, 2]), [2**32 + 1, 1]):
+    with pytest.raises(ValueError, match="^lengths must be from 0 to T = 6"):
+      run(options=dict(lengths=wrong))
+  with pytest.raises(ValueError, match=r"^lengths .*\[2\].*\[1\]"):
+    run(options=dict(lengths=[1]))
+  with pytest.raises(TypeError, match="^lengths must be integers"):
+    run(options=dict(lengths=np.ones(2)))
 
 
 @pytest.mark.parametrize("size", [0, 8, 48, 512, True, "64"])
@@ -131,7 +140,10 @@ def test_context_axis(axis):
 
 def test_scale():
   with pytest.raises(TypeError, match="^scale must be a Python number"):
-    run(options=dict(scale=jnp.ones(())))
+    run(options=dict(scale=jnp.ones(2)))
+  for scale in (float("nan"), np.inf):
+    with pytest.raises(ValueError, match="^scale must be finite"):
+      run(options=dict(scale=scale))
   arrays = arguments("linear")
   o, _ = cases.call(kernels_pallas.linear_attention, arrays)
   twice, _ = cases.call(
@@ -153,11 +165,12 @@ def test_a_kernel_that_cannot_run_here_says_so(name):
   f = lambda names: cases.call(
     kernels_pallas.gated_delta_rule, arguments("gdn"), implementation=names
   )
-  # One name is an order, which Pallas refuses; of several none is left.
-  with pytest.raises(ValueError, match="[Oo]nly interpret mode"):
-    f(name)
-  with pytest.raises(NotImplementedError, match=f"^{name}: .*backend is cpu"):
-    f((name, name))
+  for names in (name, (name, name)):
+    for call in (f, jax.jit(f, static_argnums=0)):
+      with pytest.raises(
+        NotImplementedError, match=f"^{name} runs on .* only, and not on cpu"
+      ):
+        call(names)
 
 
 def test_a_sequence_is_an_order_of_preference():
@@ -179,3 +192,13 @@ def test_dtypes_of_the_result():
     arrays["beta"] = np.asarray(arrays["beta"], np.float64)
     o, state = run("gdn", **arrays)
   assert (o.dtype, state.dtype) == (jnp.bfloat16, jnp.float64)
+
+
+def test_numbers_of_numpy_are_numbers():
+  arrays = arguments("gdn")
+  f = lambda **how: cases.call(
+    kernels_pallas.gated_delta_rule, arrays, implementation="xla", **how
+  )
+  got = f(scale=np.float32(0.5), chunk_size=np.int64(16), num_splits=np.int8(2))
+  want = f(scale=0.5, chunk_size=16, num_splits=2)
+  jax.tree.map(np.testing.assert_array_equal, got, want)

@@ -179,3 +179,50 @@ def test_refusals():
     kernels_pallas.delta_product(q, k[:, :, 0], v, log_decay, beta)
   with pytest.raises(ValueError, match=r"^beta must begin with \[B, T, N\]"):
     kernels_pallas.delta_product(q, k, v, log_decay, beta[:, :, :2])
+
+
+RELATIVES = {
+  "gdn2": (
+    kernels_pallas.gdn2,
+    dict(
+      q=(2, 5, 2, 8),
+      k=(2, 5, 2, 8),
+      v=(2, 5, 4, 6),
+      log_decay=(2, 5, 4, 8),
+      erase=(2, 5, 4, 8),
+      write=(2, 5, 4, 6),
+    ),
+  ),
+  "rwkv7": (
+    kernels_pallas.rwkv7,
+    dict.fromkeys(("q", "log_decay", "k", "v", "a", "b"), (2, 5, 4, 8)),
+  ),
+  "delta_product": (
+    kernels_pallas.delta_product,
+    dict(
+      q=(2, 5, 2, 8),
+      k=(2, 5, 3, 2, 8),
+      v=(2, 5, 3, 4, 6),
+      log_decay=(2, 5, 4),
+      beta=(2, 5, 3, 4),
+    ),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_relatives_name_what_is_wrong(name):
+  op, shapes = RELATIVES[name]
+  arrays = {x: jnp.ones(shape) * -0.1 for x, shape in shapes.items()}
+  run = lambda **changes: jax.eval_shape(lambda: op(**(arrays | changes)))
+  run()
+  for argument, x in arrays.items():
+    if (name, argument) != ("delta_product", "log_decay"):
+      with pytest.raises(TypeError, match=f"^{argument} must be .*None"):
+        run(**{argument: None})
+    with pytest.raises(TypeError, match=f"^{argument} must be floating"):
+      run(**{argument: x.astype(jnp.int32)})
+    with pytest.raises(ValueError, match="must have the shape"):
+      run(**{argument: x[0]})
+  with pytest.raises(ValueError, match=r"^lengths .*0 to T = 5"):
+    run(lengths=[6, 1])

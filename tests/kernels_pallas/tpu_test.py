@@ -148,7 +148,7 @@ _modelled = functools.partial(
 
 
 def run(name, arrays, ids, interpret):
-  """The kernels below the public functions, which take only a bool."""
+  """The kernels below the public functions."""
   member = cases.MEMBERS[name]
   inputs = problem.make_inputs(
     arrays["q"],
