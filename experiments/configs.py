@@ -7,10 +7,11 @@ and a list of overrides into one; the result is written as `config.json`.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from experiments import errors, optimizers
+from experiments import config_checks, errors, optimizers
 from jaxlib_ext import config as config_lib
 from jaxlib_ext import quantization
 from models import transformer
@@ -294,9 +295,12 @@ def resolve(name: str, overrides: Sequence[str] = ()) -> Config:
   try:
     for item in sorted(overrides, key=_order):
       config = _override(config, *split(item))
-    return _checked(config)
+    config = _checked(config)
+    given = {split(item)[0] for item in overrides}
+    config_checks.effects(config, config.model.build(vocab_size=256), given)
   except ValueError as e:
     raise errors.UserError(f"--set: {e}") from e
+  return config
 
 
 def named(known: Mapping[str, Callable[[], Any]], name: str) -> Any:
@@ -324,7 +328,8 @@ def _order(item: str) -> int:
 
 def _override(config: Config, path: str, value: str) -> Config:
   group, _, field = path.partition(".")
-  kinds = transformer.Config.__annotations__
+  kind = transformer.Config
+  kinds = kind.__annotations__
   if path == "model":
     raise errors.UserError(
       f"'model' is a group of fields, set one of: preset, {', '.join(kinds)}"
@@ -335,9 +340,8 @@ def _override(config: Config, path: str, value: str) -> Config:
         f"unknown field {path!r}; "
         f"{config_lib.nearest(field, ['preset', *kinds])}"
       )
-    parsed = getattr(
-      config_lib.replace(transformer.Config(), field, value), field
-    )
+    # The finished model is checked, not this field in the default one.
+    parsed = config_lib.check(value, typing.get_type_hints(kind)[field], path)
     fields = {**config.model.fields, field: parsed}
     return dataclasses.replace(
       config, model=dataclasses.replace(config.model, fields=fields)
@@ -359,23 +363,13 @@ def _override(config: Config, path: str, value: str) -> Config:
 
 def _checked(config: Config) -> Config:
   """Fills in the optimizer's defaults and refuses values out of range."""
-  training, data = config.training, config.data
-  for field in ("steps", "batch_size", "seq_len", "log_every"):
-    _bound(f"training.{field}", getattr(training, field), 1)
-  for field in (
-    "warmup_steps",
-    "seed",
-    "checkpoint_every",
-    "eval_every",
-    "eval_batches",
-  ):
-    _bound(f"training.{field}", getattr(training, field), 0)
+  data = config.data
+  config_checks.training(config.training)
+  bound, most = config_checks.bound, config_checks.MOST
+  bound("training.seq_len", config.training.seq_len, 1, most)
   for axis in dataclasses.fields(Mesh):
-    _bound(f"mesh.{axis.name}", getattr(config.mesh, axis.name), 1)
-  if not 0 < data.held_out < 1:
-    raise errors.UserError(
-      f"data.held_out: got {data.held_out}, allowed: between 0 and 1"
-    )
+    bound(f"mesh.{axis.name}", getattr(config.mesh, axis.name), 1, most)
+  bound("data.held_out", data.held_out, 0, 1, strict=True)
   if data.source != "python" and not data.path:
     raise errors.UserError(f"data.source={data.source} needs data.path")
   stored = config.quantization.format
@@ -384,15 +378,9 @@ def _checked(config: Config) -> Config:
   quantization.Format.parse(stored)
   config.model.build(vocab_size=256)
   optimizer = optimizers.with_defaults(config.optimizer)
-  _bound("optimizer.learning_rate", optimizer.learning_rate, 0)
-  _bound("optimizer.weight_decay", optimizer.weight_decay, 0)
-  _bound("optimizer.clip_norm", optimizer.clip_norm, 0)
+  config_checks.optimizer(optimizer)
+  training = config.training
   optimizers.build(optimizer, training.steps, training.warmup_steps, 0)
   return dataclasses.replace(
     config, optimizer=optimizer, quantization=Quantization(stored)
   )
-
-
-def _bound(name: str, value: float, least: float) -> None:
-  if not least <= value < float("inf"):
-    raise errors.UserError(f"{name}: got {value}, allowed: at least {least}")

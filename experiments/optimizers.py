@@ -15,6 +15,7 @@ import optim
 from experiments import errors
 from jaxlib_ext import config as config_lib
 from jaxlib_ext import labels
+from optim import arguments
 
 
 def _sgd(
@@ -296,12 +297,23 @@ def build(
   if "mask" in parameters:
     kwargs["mask"] = _decayed
   try:
+    if name not in _OWN:
+      _check_arguments(kwargs)
     tx = FACTORIES[name](rate, weight_decay=optimizer.weight_decay, **kwargs)
   except (TypeError, ValueError) as e:
     raise errors.UserError(f"optimizer.name={name}: {e}") from e
   if optimizer.clip_norm:
     tx = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), tx)
   return tx
+
+
+def _check_arguments(kwargs: dict[str, Any]) -> None:
+  """Refuses what optax's factories take and compute nonsense with."""
+  for key, value in kwargs.items():
+    if key in ("b1", "b2", "momentum"):
+      arguments.check_decay_rate(key, value)
+    elif key in ("eps", "eps_root", "scale"):
+      arguments.check_at_least(key, value, 0)
 
 
 def _labelled(test: Callable[[str], bool]) -> Callable[[Any], Any]:

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from experiments import configs, errors, optimizers
+from experiments import config_checks, configs, errors, optimizers
 from jaxlib_ext import config as config_lib
 from models import dit
 
@@ -223,15 +223,9 @@ def _override(config: Config, path: str, value: str) -> Config:
 def _checked(config: Config) -> Config:
   """Fills in what follows from the rest; refuses values out of range."""
   training, data = config.training, config.data
+  config_checks.training(training)
   for group, field, least in (
-    ("training", "steps", 1),
-    ("training", "batch_size", 1),
-    ("training", "log_every", 1),
     ("training", "eval_batches", 1),
-    ("training", "warmup_steps", 0),
-    ("training", "seed", 0),
-    ("training", "checkpoint_every", 0),
-    ("training", "eval_every", 0),
     ("samples", "every", 0),
     ("samples", "count", 1),
     ("samples", "steps", 1),
@@ -239,7 +233,7 @@ def _checked(config: Config) -> Config:
     ("data", "downscale", 1),
   ):
     value = getattr(getattr(config, group), field)
-    _check(f"{group}.{field}", value >= least, value, f"at least {least}")
+    config_checks.bound(f"{group}.{field}", value, least, config_checks.MOST)
   for name, value in (
     ("training.ema", training.ema),
     ("training.label_dropout", training.label_dropout),
@@ -265,6 +259,7 @@ def _checked(config: Config) -> Config:
     f"what the model has, {tokens}",
   )
   optimizer = optimizers.with_defaults(config.optimizer)
+  config_checks.optimizer(optimizer)
   optimizers.build(optimizer, training.steps, training.warmup_steps, 0)
   return dataclasses.replace(
     config,

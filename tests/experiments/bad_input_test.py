@@ -33,16 +33,63 @@ REFUSED = {
   "data.source=web": ["web", "python", "files", "shards"],
   "data.source=files": ["data.path"],
   "data.held_out=2": ["data.held_out", "2"],
+  "data.held_out=nan": ["data.held_out", "'nan'"],
+  "training.steps=99999999999": ["training.steps", "2147483647"],
+  "training.seed=4294967296": ["training.seed", "4294967295"],
+  "training.seed=99999999999999999999": ["training.seed", "4294967295"],
+  "training.seed=-1": ["training.seed", "-1", "0 to"],
+  "optimizer.final_fraction=-3": ["optimizer.final_fraction", "-3"],
+  "optimizer.final_fraction=1.5": ["optimizer.final_fraction", "1.5"],
+  "optimizer.learning_rate=inf": ["optimizer.learning_rate", "'inf'"],
+  "optimizer.b1=1.5": ["optimizer.name=adamw", "b1", "1.5"],
+  "optimizer.name=sgd optimizer.momentum=-1": ["sgd", "momentum", "-1"],
+  "optimizer.name=muon optimizer.momentum=1": ["muon", "momentum", "1"],
+  "model.num_heads=5": ["num_heads", "d_model"],
+  # Without effect.
+  "data.path=/x": ["data.path", "data.source=files"],
+  "quantization.format=int4": ["quantization.format", "adamw", "eco"],
+  "model.window=4": ["model.window", "window", "full"],
+  "model.conv_width=3": ["model.conv_width", "gdn"],
+  "model.mixers=mdn,full model.density=0.5": ["model.density", "sparse"],
+  "training.warmup_steps=61": ["training.warmup_steps", "training.steps=60"],
+  "optimizer.schedule=constant optimizer.final_fraction=0.5": ["schedule"],
+  "optimizer.name=mezo optimizer.clip_norm=1": ["clip_norm", "mezo"],
 }
+ACCEPTED = (
+  "training.steps=1",
+  "training.seed=4294967295",
+  "model.num_heads=8 model.num_kv_heads=2",
+  "model.d_model=66 model.num_heads=3",
+  "model.preset=60M model.num_kv_heads=2",
+  "model.d_model=768 model.num_heads=12 model.num_layers=12 model.d_ff=3072",
+  "model.window=4 model.mixers=window,full",
+  "quantization.format=int4 optimizer.name=eco",
+  "optimizer.final_fraction=0",
+)
 
 
 @pytest.mark.parametrize("override", REFUSED)
 def test_overrides(override):
   with pytest.raises(errors.UserError) as e:
-    configs.resolve("smoke", [override])
+    configs.resolve("smoke", override.split())
   for word in REFUSED[override]:
     assert word in str(e.value)
   assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("overrides", ACCEPTED)
+def test_valid_models_whatever_the_default_is(overrides):
+  for order in (1, -1):
+    configs.resolve("smoke", overrides.split()[::order])
+
+
+def test_data_without_effect(tmp_path):
+  (tmp_path / "meta.json").write_text("{}")
+  given = ["data.source=shards", f"data.path={tmp_path}"]
+  configs.resolve("smoke", given)
+  for override in ("data.tokenizer=bpe:300", "data.held_out=0.1"):
+    with pytest.raises(errors.UserError, match="has no effect with"):
+      configs.resolve("smoke", [*given, override])
 
 
 def test_config_name():

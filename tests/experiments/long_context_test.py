@@ -69,6 +69,7 @@ def _options(tmp_path, corpus, **changes):
           "model.num_heads=2",
           "training.checkpoint_every=0",
           "training.eval_every=0",
+          "training.warmup_steps=1",
         )
       ),
       batch_tokens=128,
