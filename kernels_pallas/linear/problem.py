@@ -393,7 +393,9 @@ def ordinals(segment_ids: jax.Array) -> jax.Array:
 
 
 def check_segments(segment_ids: Any, b: int, t: int) -> jax.Array | None:
-  """`segment_ids` as int32 `[B, T]`, equal where they were.
+  """`segment_ids` `[B, T]`, equal where they were.
+
+  A `jax.Array` stays as it is, since devices may compare theirs.
 
   Raises:
     TypeError: unless they are integers.
@@ -403,4 +405,6 @@ def check_segments(segment_ids: Any, b: int, t: int) -> jax.Array | None:
     return None
   segment_ids = arguments.integers("segment_ids", segment_ids)
   arguments.check_shape("segment_ids", segment_ids, (b, t), "B, T")
+  if isinstance(segment_ids, jax.Array):
+    return segment_ids
   return arguments.renumbered(segment_ids)

@@ -68,14 +68,18 @@ def test_splits_of_bfloat16():
   assert got[0][0].dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("check_vma", [False, True])
 @pytest.mark.parametrize(
   "name,segments",
   [("gdn", "some"), ("kda", "every"), ("mdn", "none"), ("mdn", "some")],
 )
-def test_context_parallelism(name, segments):
+def test_context_parallelism(name, segments, check_vma):
   with jax.enable_x64(True):
     op, arrays, cotangents = problem(name, "float64")
-    segment_ids = SEGMENTS[segments]
+    segment_ids, lengths = SEGMENTS[segments], None
+    if check_vma and segment_ids is not None:  # In 64 bits, and padding.
+      segment_ids = segment_ids.astype(np.int64) << 32
+      lengths = np.array([70, 96])
     mesh = jax.make_mesh((8,), ("context",), (AxisType.Auto,))
     tokens, whole = PartitionSpec(None, "context"), PartitionSpec()
     spec = {key: whole if key == "initial_state" else tokens for key in arrays}
@@ -85,13 +89,14 @@ def test_context_parallelism(name, segments):
       mesh=mesh,
       in_specs=(spec, None if segment_ids is None else tokens),
       out_specs=(tokens, whole),
-      check_vma=False,
+      check_vma=check_vma,
     )
     def run(arrays, segment_ids):
       return cases.call(
         op,
         arrays,
         segment_ids=segment_ids,
+        lengths=lengths,
         chunk_size=16,
         context_axis="context",
       )
@@ -102,4 +107,11 @@ def test_context_parallelism(name, segments):
       return out, pullback(cotangents)[0]
 
     got = values_and_grads(arrays, segment_ids, cotangents)
-  cases.check(got, cases.truth(op, arrays, segment_ids, cotangents), **F64)
+    want = cases.values_and_grads(
+      functools.partial(op, lengths=lengths),
+      arrays,
+      segment_ids,
+      cotangents,
+      implementation="reference",
+    )
+  cases.check(got, jax.tree.map(np.asarray, want), **F64)
