@@ -310,10 +310,8 @@ def build(
 def _check_arguments(kwargs: dict[str, Any]) -> None:
   """Refuses what optax's factories take and compute nonsense with."""
   for key, value in kwargs.items():
-    if key in ("b1", "b2", "momentum"):
-      arguments.check_decay_rate(key, value)
-    elif key in ("eps", "eps_root", "scale"):
-      arguments.check_at_least(key, value, 0)
+    if key in arguments.RULES and value is not None:
+      arguments.RULES[key].check(key, value)
 
 
 def _labelled(test: Callable[[str], bool]) -> Callable[[Any], Any]:
