@@ -13,6 +13,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from jaxlib_ext import hlo_loops
+
 _KINDS = (
   "all-gather",
   "all-reduce",
@@ -28,12 +30,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([^\s(]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(\S+) = (.*)$")
 _OPCODE = re.compile(r" ([a-z][a-z0-9-]*)\(")
 _SHAPE = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
-_CALLED = re.compile(
-  r"(?:calls|to_apply|body|condition|true_computation|false_computation)"
-  r"=%?([\w.\-]+)"
-)
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r"known_trip_count\D*(\d+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
@@ -65,6 +62,7 @@ class _Instruction:
   inside: str
   operands: list[str]
   rest: str
+  root: bool = False
 
 
 def costs(text: str) -> Costs:
@@ -77,15 +75,29 @@ def costs(text: str) -> Costs:
     ValueError: a loop whose number of rounds the text does not tell.
   """
   computations, entry = _parse(text)
+  fused = _fused(computations)
   done: dict[str, collections.Counter] = {}
+  channels: set[tuple[str, str]] = set()
+
+  def own(name, instruction, table):
+    out = _own(instruction, table, name)
+    channel = _CHANNEL.search(instruction.rest)
+    if channel and name in fused:
+      # TPUs write an asynchronous collective as several fusions that share
+      # its channel, each with the whole of it.
+      piece = instruction.opcode, channel[1]
+      if piece in channels:
+        return {}
+      channels.add(piece)
+    return out
 
   def visit(name: str) -> collections.Counter:
     if name not in done:
       total = collections.Counter()
       table = computations[name]
       for instruction in table.values():
-        total.update(_own(instruction, table))
-        total.update(_called(instruction, computations, visit))
+        total.update(own(name, instruction, table))
+        total.update(_called(instruction, table, computations, visit))
       done[name] = total
     return done[name]
 
@@ -110,7 +122,12 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
       operands = re.findall(r"%([\w.\-]+)", inside)
       rest = body[opcode.end() + len(inside) :]
       table[found[1]] = _Instruction(
-        body[: opcode.start()], opcode[1], inside, operands, rest
+        body[: opcode.start()],
+        opcode[1],
+        inside,
+        operands,
+        rest,
+        line.lstrip().startswith("ROOT "),
       )
   return computations, entry
 
@@ -125,13 +142,24 @@ def _parenthesised(text: str) -> str:
   return text
 
 
-def _called(instruction, computations, visit) -> collections.Counter:
+def _fused(computations: Any) -> set[str]:
+  """Names of the computations that fusions call."""
+  return {
+    name
+    for table in computations.values()
+    for instruction in table.values()
+    if instruction.opcode == "fusion"
+    for name in hlo_loops.CALLED.findall(instruction.rest)
+  }
+
+
+def _called(instruction, table, computations, visit) -> collections.Counter:
   """Of the computations that an instruction runs."""
   rest, opcode = instruction.rest, instruction.opcode
   if opcode.endswith(("-done", "-update")):  # belong to what has started
     return collections.Counter()
   branches = _BRANCHES.search(rest)
-  names = _CALLED.findall(rest)
+  names = hlo_loops.CALLED.findall(rest)
   if branches:
     names = [name.strip().lstrip("%") for name in branches[1].split(",")]
   inner = [visit(name) for name in names if name in computations]
@@ -141,39 +169,23 @@ def _called(instruction, computations, visit) -> collections.Counter:
   for counter in inner:
     total.update(counter)
   if opcode == "while" and any(total.values()):
-    trips = _trips(rest, computations)
+    trips = hlo_loops.trips(instruction, table, computations)
     total = collections.Counter({k: trips * v for k, v in total.items()})
   return total
 
 
-def _trips(rest: str, computations: Any) -> int:
-  """How often a loop runs, from the compiler's note or its condition."""
-  noted = _TRIPS.search(rest)
-  if noted:
-    return int(noted[1])
-  condition = computations[re.search(r"condition=%?([\w.\-]+)", rest)[1]]
-  compares = [x for x in condition.values() if x.opcode == "compare"]
-  bounds = [
-    int(operand)
-    for x in condition.values()
-    if x.opcode == "constant" and x.type.strip().startswith("s32")
-    for operand in [x.inside]
-  ]
-  if len(bounds) != 1 or not any("direction=LT" in x.rest for x in compares):
-    raise ValueError(f"a loop of unknown length: while{rest[:200]}")
-  return bounds[0]
-
-
 def _own(
-  instruction: _Instruction, table: Mapping[str, _Instruction]
+  instruction: _Instruction, table: Mapping[str, _Instruction], scope: str
 ) -> dict[Any, float]:
-  """FLOPs and bytes of an instruction itself."""
+  """FLOPs and bytes of an instruction of the computation `scope` itself."""
   opcode = instruction.opcode.removesuffix("-start")
   if opcode == "dot":
     return {"flops": _dot(instruction, table)}
   if opcode == "convolution":
     return {"flops": _convolution(instruction, table)}
   if opcode in _KINDS:
+    if opcode == "all-reduce" and scope.startswith("all-reduce-scatter"):
+      opcode = "reduce-scatter"  # A TPU's, a fusion of it and a slice.
     return {
       ("bytes", opcode): _received(instruction, opcode, table),
       ("count", opcode): 1,
