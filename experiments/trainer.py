@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import optim
 from experiments import configs, device_memory, errors, optimizers
 from jaxlib_ext import quantization, sharding, specs
-from models import transformer
+from models import flops, transformer
 
 
 class TrainState(NamedTuple):
@@ -244,12 +244,12 @@ class Trainer:
     return device_memory.peak(self.compiled, self.mesh.local_devices[0])
 
   def flops_per_token(self) -> float:
-    """Matmul FLOPs of one training token: 6 per weight, 12 L T H K attention.
+    """Matmul FLOPs of one training token, thrice those of a forward pass.
 
-    Attention counts whole T × T scores, as a causal implementation that masks
-    computes them; recomputation does not count.
+    Two per weight and those of mixing (`models.flops`); recomputation does not
+    count.
     """
-    cfg, length = self.cfg, self.config.training.seq_len
+    cfg = self.cfg
     embedding = 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.d_model
-    attention = cfg.num_layers * length * cfg.num_heads * cfg.key_size
-    return 6.0 * (self.num_params - embedding) + 12.0 * attention
+    mixing = flops.mixing(cfg, self.config.training.seq_len)
+    return 6.0 * (self.num_params - embedding) + 3.0 * mixing

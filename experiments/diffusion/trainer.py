@@ -7,6 +7,7 @@ evaluate, sample). It neither reads files nor prints.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from experiments import device_memory, optimizers
 from experiments.diffusion import configs
 from experiments.diffusion import data as data_lib
 from jaxlib_ext import sharding, specs
-from models import dit
+from models import dit, flops
 
 # ITU-R BT.601, as JPEG.
 _LUMA = (0.299, 0.587, 0.114)
@@ -209,12 +210,22 @@ class Trainer:
     return device_memory.peak(self.compiled, self.mesh.local_devices[0])
 
   def flops_per_token(self) -> float:
-    """Matmul FLOPs of a token's training: 6 per weight, 12 L S D attention.
+    """Matmul FLOPs of a token's training: 6 per weight, 12 D per layer and key.
 
-    Attention counts whole S × S scores; what one vector per example goes
-    through (time, class, modulations) does not count.
+    The keys are those that its attention meets (`models.flops`); what one
+    vector per example goes through (time, class, modulations) does not count.
     """
     cfg = self.cfg
     weights = cfg.num_layers * cfg.d_model * (4 * cfg.d_model + 2 * cfg.d_ff)
-    length = self.config.training.seq_len
-    return 6.0 * weights + 12.0 * cfg.num_layers * length * cfg.d_model
+    length, block = self.config.training.seq_len, math.prod(cfg.tile)
+    dense = cfg.num_layers if cfg.attention == "full" else cfg.dense_layers
+    keys = length
+    if cfg.attention == "piecewise":
+      keys = flops.pooled_keys(length, cfg.density, block)
+    elif cfg.attention == "in_context":
+      target = cfg.num_tokens
+      keys = flops.in_context_keys(
+        target, length - target, cfg.keep, cfg.sharp, cfg.density, block
+      )
+    met = dense * length + (cfg.num_layers - dense) * keys
+    return 6.0 * weights + 12.0 * cfg.d_model * met

@@ -250,3 +250,21 @@ def test_bad_flags_get_one_line(tmp_path):
   assert done.returncode == 2
   assert len(done.stderr.strip().splitlines()) == 1
   assert "train_dit: --config: no config 'image'; did you mean" in done.stderr
+
+
+def test_flops_know_the_attention():
+  def flops(*more):
+    config = configs.resolve("smoke", [*SMALL, *more])
+    return trainer_lib.Trainer(config, config.build(3)).flops_per_token()
+
+  full = flops("model.attention=full")
+  config = configs.resolve("smoke", SMALL)
+  layers, length = config.build(3).num_layers, config.training.seq_len
+  dense = flops("model.attention=piecewise", "model.density=1.0")
+  assert dense == full
+  half = flops(
+    "model.attention=piecewise", "model.density=0.25", "model.dense_layers=1"
+  )
+  # Tiles of four: a quarter of the blocks, and the mean of each.
+  fewer = 12.0 * 16 * (layers - 1) * length * 0.5
+  assert full - half == pytest.approx(fewer)
