@@ -131,6 +131,15 @@ class Checkpointer:
     except Exception as e:  # orbax and tensorstore raise many kinds
       raise CheckpointError(_first_line(e)) from e
     found = {k: int(v) for k, v in checksums(out["state"]).items()}
+    wanted = jax.tree_util.tree_flatten_with_path(target)[0]
+    names = (paths.leaf_name(path) for path, _ in wanted)
+    missing = [name for name in names if name not in found]
+    if missing:
+      # Orbax puts None for an array that was None when it was written.
+      raise CheckpointError(
+        f"it holds no array {missing[0]!r}: another version or other "
+        "arguments wrote it"
+      )
     wrong = [k for k, v in found.items() if out["checksums"].get(k) != v]
     if wrong:
       raise CheckpointError(f"the checksum of {wrong[0]!r} does not match")

@@ -1,11 +1,18 @@
 """What is read back, and what is said of what cannot be."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlib_ext import checkpoint
+
+
+class Counted(NamedTuple):
+  w: jax.Array
+  count: jax.Array | None
 
 
 def abstract(tree):
@@ -34,4 +41,18 @@ def test_the_latest_that_is_whole(tmp_path):
   other = abstract({"v": jnp.zeros(3, int), "w": jnp.zeros(3, int)})
   with pytest.raises(checkpoint.CheckpointError, match="step 2: .*step 1: "):
     checkpoints.latest_readable(other)
+  checkpoints.close()
+
+
+def test_an_array_where_there_was_none(tmp_path):
+  checkpoints = checkpoint.Checkpointer(tmp_path)
+  checkpoints.save(1, {"opt": (Counted(jnp.ones(3), None),)})
+  checkpoints.wait()
+  like = {"opt": (Counted(jnp.ones(3), jnp.int32(0)),)}
+  # With shardings: without, orbax sees for itself.
+  target = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+  )
+  with pytest.raises(checkpoint.CheckpointError, match="count': another"):
+    checkpoints.restore(1, target)
   checkpoints.close()
