@@ -9,7 +9,8 @@ ours that is more than elementwise is therefore assembled here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,15 @@ from jaxlib_ext import meshes, sharding
 def is_empty(x: Any) -> bool:
   """Whether an array has no entries."""
   return 0 in x.shape
+
+
+def places(leaves: Sequence[Any]) -> list[int]:
+  """For each leaf, how many with entries come before it.
+
+  What random numbers are drawn by, so that arrays without entries change none.
+  """
+  counts = itertools.accumulate((not is_empty(x) for x in leaves), initial=0)
+  return list(counts)[:-1]
 
 
 def mask_empty(tree: Any) -> Any:

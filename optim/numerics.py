@@ -114,11 +114,13 @@ def limited(
 def in_float32(
   inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-  """Runs `inner` on float32 copies of narrower gradients and parameters.
+  """Runs `inner` on float32 copies of narrower parameters.
 
   Its state is then float32 too: a bfloat16 second moment with a decay of
-  0.999, which rounds to 1, would only ever grow. The updates come back in the
-  gradients' dtypes.
+  0.999, which rounds to 1, would only ever grow. Gradients are taken to the
+  dtypes of these copies, whether narrower or wider, so that an update leaves
+  the state's dtypes as they are. The updates come back in the gradients'
+  dtypes.
   """
   inner = optax.with_extra_args_support(inner)
 
@@ -126,8 +128,11 @@ def in_float32(
     return inner.init(widen(params))
 
   def update(grads, state, params=None, **extra_args):
-    wide = None if params is None else widen(params)
-    updates, state = inner.update(widen(grads), state, wide, **extra_args)
+    wide, taken = None, widen(grads)
+    if params is not None:
+      wide = widen(params)
+      taken = cast_like(taken, wide)
+    updates, state = inner.update(taken, state, wide, **extra_args)
     return cast_like(updates, grads), state
 
   return optax.GradientTransformationExtraArgs(init, update)

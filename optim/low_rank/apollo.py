@@ -127,8 +127,8 @@ def scale_by_apollo(
 
   def update(updates, state):
     layout = projection.Layout.of(updates, matrix_axes, "APOLLO")
-    grads = moments.limited(layout.split(updates))
     mu, nu = layout.unpack(state.mu), layout.unpack(state.nu)
+    grads = moments.limited(layout.split(updates, mu))
     key = jax.random.wrap_key_data(state.key)
     key = jax.random.fold_in(key, state.count // update_interval)
     low = []

@@ -210,8 +210,9 @@ def scale_by_frugal(
 
   def update(updates, state):
     layout = projection_lib.Layout.of(updates, matrix_axes, "FRUGAL")
-    grads = moments.limited(layout.split(updates))
     old = layout.unpack(state.projector)
+    grads = layout.split(updates, layout.unpack(state.mu))
+    grads = moments.limited(grads)
     age = state.count % update_interval
     key = jax.random.wrap_key_data(state.key)
     key = jax.random.fold_in(key, state.count // update_interval)

@@ -85,7 +85,8 @@ def step(
   released: bool = False,
 ) -> Step:
   """Refreshes the bases if due, projects, and takes Adam's step there."""
-  grads = moments.limited(layout.split(updates))
+  grads = layout.split(updates, layout.unpack(state.mu))
+  grads = moments.limited(grads)
   old = layout.unpack(state.projector)
   due = state.count % update_interval == 0
 

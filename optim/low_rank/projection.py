@@ -109,14 +109,24 @@ class Layout:
       for part in parts
     ]
 
-  def split(self, tree: Any) -> list[jax.Array]:
-    """The stacks [batch..., d_in, d_out], in at least float32."""
+  def split(
+    self, tree: Any, like: Sequence[Any] | None = None
+  ) -> list[jax.Array]:
+    """The stacks [batch..., d_in, d_out].
+
+    Args:
+      tree: pytree of arrays like the layout's.
+      like: for each stack, an array of the dtype to take it to: that of the
+        state, which gradients of a wider one must not change. None is at
+        least float32.
+    """
     leaves = self.treedef.flatten_up_to(tree)
-    return [
+    parts = [
       part
       for leaf, axes in zip(numerics.widen(leaves), self.axes, strict=True)
       for part in matrices.split(leaf, axes)
     ]
+    return parts if like is None else numerics.cast_like(parts, list(like))
 
   def join(self, parts: Sequence[jax.Array]) -> Any:
     """Inverse of `split`, in the leaves' dtypes."""

@@ -172,13 +172,13 @@ def scale_by_dion(
   def update(updates, state):
     grads = numerics.widen(updates)
     layout = projection.Layout.of(grads, matrix_axes, "Dion")
+    old = layout.unpack(state.basis)
     sums = [
       numerics.limited(m.astype(g.dtype) + g, (-2, -1), _LARGEST)
       for m, g in zip(
-        layout.split(state.momentum), layout.split(grads), strict=True
+        layout.split(state.momentum), layout.split(grads, old), strict=True
       )
     ]
-    old = layout.unpack(state.basis)
     left = _orthonormal_list(
       [_dot(_t(b), q) for b, q in zip(sums, old, strict=True)]
     )

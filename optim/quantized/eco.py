@@ -32,7 +32,7 @@ import optax
 
 from jaxlib_ext import labels as labels_lib
 from jaxlib_ext import paths, quantization
-from optim import apply, arguments, groups, numerics
+from optim import apply, arguments, assembly, groups, numerics
 
 _ROUNDINGS = ("stochastic", "nearest")
 _MAX_LOOK_AHEAD = 4096
@@ -193,12 +193,12 @@ def _step(
   rest = (weights, momenta, directions, rho, horizon)
   rest = map(treedef.flatten_up_to, rest)
   new, carried = [], []
-  for i, (leaf, theta, u, delta, r, c) in enumerate(
-    zip(leaves, *rest, strict=True)
+  for place, leaf, theta, u, delta, r, c in zip(
+    assembly.places(leaves), leaves, *rest, strict=True
   ):
-    u = momentum * u + (1 - momentum) * rate * delta
+    u = momentum * u + (1 - momentum) * rate * delta.astype(u.dtype)
     target = r * theta - u
-    leaf_key = None if key is None else jax.random.fold_in(key, i)
+    leaf_key = None if key is None else jax.random.fold_in(key, place)
     q = quantization.quantize(target, leaf.format, key=leaf_key)
     new.append(q)
     # Where the next momentum is 0, nothing carries the error.
@@ -320,7 +320,7 @@ def eco(
     old = _only(params, roles, True)
     weights = quantization.dequantize_tree(old)
     direction, inner_state = inner.update(
-      numerics.widen(_only(grads, roles, True)),
+      numerics.cast_like(_only(grads, roles, True), state.u),
       state.inner,
       weights,
       **extra_args,

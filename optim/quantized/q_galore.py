@@ -280,9 +280,10 @@ def scale_by_q_galore(
       state.root.tensors(layout, fmt8),
       *map(layout.unpack, (state.wait, state.interval, state.agreement)),
     )
+    grads = moments.limited(layout.split(updates, held[1]))
     out, new = [], []
     for i, (g, q, mu, root, *schedule) in enumerate(
-      zip(moments.limited(layout.split(updates)), *held, strict=True)
+      zip(grads, *held, strict=True)
     ):
       p, wait, interval, agreement = _recompute(
         g, q.dequantize(), *schedule, basis=basis, threshold=threshold
@@ -336,15 +337,16 @@ def _on_quantized(
     updates, inner_state = inner.update(grads, state.inner, view, **extra_args)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
     leaves, treedef = jax.tree.flatten(params, is_leaf=quantization.is_qtensor)
-    out, place = [], 0
+    quantized = [x for x in leaves if quantization.is_qtensor(x)]
+    places = iter(assembly.places(quantized))
+    out = []
     for leaf, w, u in zip(
       leaves, *map(treedef.flatten_up_to, (view, updates)), strict=True
     ):
       if quantization.is_qtensor(leaf):
-        leaf_key = jax.random.fold_in(key, place)
+        leaf_key = jax.random.fold_in(key, next(places))
         u = quantization.quantize(w + u, leaf.format, key=leaf_key)
         u = apply.Replacement.of(u)
-        place += 1
       out.append(u)
     return treedef.unflatten(out), QuantizedWeightsState(
       optax.safe_increment(state.count), state.key, inner_state

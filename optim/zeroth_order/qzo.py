@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import labels, paths, quantization
-from optim import apply, arguments, groups
+from optim import apply, arguments, assembly, groups
 from optim.zeroth_order import spsa
 
 
@@ -71,18 +71,27 @@ def _on_scales(
     found = groups.resolve_quantized_mask(mask, params)
     return optax.with_extra_args_support(build(found))
 
+  def trained(param):
+    # The scales of no entries would move the draws of the others.
+    quantized = quantization.is_qtensor(param)
+    return not assembly.is_empty(param) if quantized else train_unquantized
+
   def coordinates(param):
+    if not trained(param):
+      return optax.MaskedNode()
     if quantization.is_qtensor(param):
       return jnp.ones_like(param.scales) if relative else param.scales
-    return param if train_unquantized else optax.MaskedNode()
+    return param
 
   def scales(param, x):
     return param.scales * x if relative else x
 
   def insert(param, x):
+    if not trained(param):
+      return param
     if quantization.is_qtensor(param):
       return _with_scales(param, scales(param, x))
-    return x if train_unquantized else param
+    return x
 
   def init(params):
     _check(params, train_unquantized)
@@ -102,10 +111,12 @@ def _on_scales(
 
     def leaf(param, step):
       if quantization.is_qtensor(param):
-        return finish(param, scales(param, step))
-      if not train_unquantized:
-        return jnp.zeros_like(param)
-      return step.astype(param.dtype)
+        if trained(param):
+          return finish(param, scales(param, step))
+        return finish(param, jnp.zeros_like(param.scales))
+      return (
+        step.astype(param.dtype) if trained(param) else jnp.zeros_like(param)
+      )
 
     return _map(leaf, params, steps), state
 

@@ -46,16 +46,16 @@ def _map_normals(f: Callable[..., jax.Array], key: jax.Array, tree: Any) -> Any:
   used. Leaves without entries do not count.
   """
   leaves, treedef = jax.tree.flatten(tree)
-  count = sum(not assembly.is_empty(x) for x in leaves)
-  keys = iter(jax.random.split(key, max(count, 1)))
+  places = assembly.places(leaves)
+  keys = jax.random.split(key, max([1 + place for place in places], default=1))
   out = []
-  for x in leaves:
+  for place, x in zip(places, leaves, strict=True):
     dtype = numerics.at_least_float32(x.dtype)
     if assembly.is_empty(x):
       out.append(f(x, x.astype(dtype)))
     else:
       where = jax.typeof(x).sharding if meshes.explicit_mesh(x) else None
-      z = jax.random.normal(next(keys), x.shape, dtype, out_sharding=where)
+      z = jax.random.normal(keys[place], x.shape, dtype, out_sharding=where)
       out.append(f(x, z))
   return treedef.unflatten(out)
 

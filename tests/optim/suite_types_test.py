@@ -153,3 +153,81 @@ def test_types_outside_jit(row):
     assert types(state) == types(jax.jit(tx.init)(params))
     assert types(after) == types(state)
     assert param_types(updates) == param_types(params)
+
+
+# Between other leaves and before them, as matrices, heads and vectors.
+EMPTY = {
+  "a": (0, 4),
+  "b": (2, 0, 3),
+  "layers": {"down": (0, 4, 4), "norm": {"scale": (3, 0)}},
+  "lm_head": (4, 0),
+  "none": (0,),
+}
+
+
+def with_empty(params):
+  empty = jax.tree.map(jnp.zeros, EMPTY, is_leaf=lambda x: isinstance(x, tuple))
+  return {**empty, **params, "layers": {**empty["layers"], **params["layers"]}}
+
+
+@rows
+def test_leaves_without_entries(row):
+  tx = row.factory(row.rate)
+  full = tree()
+  whole = with_empty(full)
+  # What is there has the same gradients with and without them.
+  grads = suite.gradients(full)
+  params = row.prepare(whole)
+  state = tx.init(params)
+  update = jax.jit(suite.update_of(tx, row))
+  for _ in range(2):
+    updates, state = update(with_empty(grads), state, params)
+    assert param_types(updates) == param_types(params)
+    params = row.apply(params, updates)
+  want = row.prepare(full)
+  state = tx.init(want)
+  for _ in range(2):
+    updates, state = update(grads, state, want)
+    want = row.apply(want, updates)
+  got, want = row.view(params), row.view(want)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(want):
+    found = functools.reduce(lambda t, key: t[key.key], path, got)
+    np.testing.assert_array_equal(found, leaf, err_msg=str(path))
+
+
+DTYPES = {
+  "float64": ("float64", "float64"),
+  "wider": ("float32", "float64"),
+  "wider_than_bfloat16": ("bfloat16", "float32"),
+  "narrower": ("float32", "bfloat16"),
+  "narrower_than_float64": ("float64", "float32"),
+}
+DTYPE_CASES = {
+  f"{name}-{kind}": (row, *DTYPES[kind])
+  for name, row in ROWS.items()
+  for kind in DTYPES
+}
+
+
+@pytest.mark.parametrize(
+  ("row", "held", "given"),
+  quick.cases(DTYPE_CASES, ["q_galore-float64", "fira-wider", "eco-wider"]),
+)
+def test_dtypes_of_parameters_and_gradients(row, held, given):
+  with jax.enable_x64(True):
+    params = row.prepare(jax.tree.map(lambda x: x.astype(held), tree()))
+    tx = row.factory(row.rate)
+
+    def step(carry, grads):
+      params, state = carry
+      updates, state = suite.update_of(tx, row)(grads, state, params)
+      if not row.needs_value and not row.quantized:
+        assert suite.avals(updates) == suite.avals(grads)
+      return (row.apply(params, updates), state), None
+
+    grads = jax.tree.map(lambda x: x.astype(given), two_gradients(tree()))
+    start = (params, tx.init(params))
+    end = jax.jit(lambda *args: jax.lax.scan(step, *args)[0])(start, grads)
+    assert suite.avals(end) == suite.avals(start)
+    for x in jax.tree.leaves(row.view(end[0])):
+      assert np.all(np.isfinite(np.asarray(x, np.float64)))
