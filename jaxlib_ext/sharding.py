@@ -125,8 +125,8 @@ def _parts(entry: MeshAxes, mesh: Mesh) -> int:
   return math.prod(mesh.shape[n] for n in names)
 
 
-def _fit(sharding: NamedSharding, shape, like) -> NamedSharding:
-  """`sharding` of an array of shape `like`, carried over to `shape`.
+def fit(sharding: NamedSharding, shape, like) -> NamedSharding:
+  """Carries the sharding of an array of shape `like` over to `shape`.
 
   A dimension keeps its mesh axes where it has the same size, or (the scales
   of quantized groups) a size they divide; others are replicated.
@@ -151,7 +151,7 @@ def expand(params: Any, param_shardings: Any) -> Any:
     param_shardings: one `NamedSharding` per parameter.
   """
   return jax.tree.map(
-    lambda p, s: jax.tree.map(lambda leaf: _fit(s, leaf.shape, p.shape), p),
+    lambda p, s: jax.tree.map(lambda leaf: fit(s, leaf.shape, p.shape), p),
     params,
     param_shardings,
     is_leaf=labels.is_param,
@@ -195,7 +195,7 @@ def state_shardings(tx: Any, params_or_specs: Any, param_shardings: Any) -> Any:
     if tail is None:
       return jax.tree.map(lambda _: replicated, leaf)
     shape, sharding = owners[tail]
-    return jax.tree.map(lambda a: _fit(sharding, a.shape, shape), leaf)
+    return jax.tree.map(lambda a: fit(sharding, a.shape, shape), leaf)
 
   return jax.tree_util.tree_map_with_path(
     one, jax.eval_shape(tx.init, params), is_leaf=labels.is_param

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlib_ext import labels as labels_lib
+from jaxlib_ext import meshes, sharding
 from jaxlib_ext.quantization import formats, rounding
 from jaxlib_ext.quantization import scales as scales_lib
 
@@ -72,11 +74,9 @@ class QTensor:
 
   def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
     """codes · scales, exact in float32, then cast to `dtype`."""
-    scales = self.scales.astype(jnp.float32)
-    if self.matrix_scale is not None:
-      scales = scales * self.matrix_scale
-    values = rounding.decode(self.codes, self.format)
-    return (values * _expand(scales, self.shape, self.format)).astype(dtype)
+    run = functools.partial(_dequantize, dtype=dtype)
+    where = PartitionSpec(*meshes.spec(self.codes))
+    return meshes.run_automatic(run, self, out_specs=where)
 
 
 def is_qtensor(x: Any) -> bool:
@@ -86,6 +86,14 @@ def is_qtensor(x: Any) -> bool:
 
 def _axis(shape: tuple[int, ...]) -> int:
   return len(shape) - min(2, len(shape))
+
+
+def _dequantize(q: QTensor, dtype: Any) -> jax.Array:
+  scales = q.scales.astype(jnp.float32)
+  if q.matrix_scale is not None:
+    scales = scales * q.matrix_scale
+  values = rounding.decode(q.codes, q.format)
+  return (values * _expand(scales, q.shape, q.format)).astype(dtype)
 
 
 def _max_magnitude(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
@@ -163,7 +171,8 @@ def quantize(
       nearest, ties to even.
 
   Returns:
-    A `QTensor` of x's shape.
+    A `QTensor` of x's shape. Under a mesh with explicit axes the codes are
+    divided like x, and the scales as far as their sizes allow.
 
   Raises:
     ValueError: the format's name is unknown, or x is not a floating array of
@@ -176,6 +185,19 @@ def quantize(
       "x must be a floating array of at least one dimension, got "
       f"{x.dtype}{list(x.shape)}"
     )
+  run = functools.partial(_quantize, fmt=fmt)
+  mesh = meshes.explicit_mesh(x)
+  if mesh is None:
+    return run(x, key)
+  where = NamedSharding(mesh, PartitionSpec(*meshes.spec(x)))
+  out_specs = jax.tree.map(
+    lambda a: sharding.fit(where, a.shape, x.shape).spec,
+    jax.eval_shape(run, jax.ShapeDtypeStruct(x.shape, x.dtype), key),
+  )
+  return meshes.run_automatic(run, x, key, out_specs=out_specs)
+
+
+def _quantize(x: jax.Array, key: jax.Array | None, fmt: Format) -> QTensor:
   x = _to_float32(x)
   noise = None if key is None else rounding.uniform(key, x.shape)
   if fmt.scale == "e8m0":

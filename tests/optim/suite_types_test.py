@@ -12,10 +12,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxlib_ext import labels
+from jaxlib_ext import labels, quantization
 from tests import quick
 from tests.optim import suite_test as suite
 from tests.optim.rows import ROWS
@@ -42,12 +43,13 @@ rows = pytest.mark.parametrize("row", quick.cases(ROWS, QUICK))
 
 
 def tree():
-  """A stack, a matrix that no axis divides, an embedding and a vector."""
+  """A stack, a matrix that no axis divides, embedding, head and vectors."""
   return {
     "layers": {"up": suite.normal(1, 2, 8, 16), "bias": suite.normal(2, 2, 8)},
     "odd": suite.normal(3, 5, 3),
     "embed": {"table": suite.normal(4, 16, 8)},
-    "gain": suite.normal(5, 8),
+    "lm_head": suite.normal(5, 8, 16),
+    "gain": suite.normal(6, 8),
   }
 
 
@@ -160,7 +162,7 @@ EMPTY = {
   "a": (0, 4),
   "b": (2, 0, 3),
   "layers": {"down": (0, 4, 4), "norm": {"scale": (3, 0)}},
-  "lm_head": (4, 0),
+  "head": (4, 0),
   "none": (0,),
 }
 
@@ -231,3 +233,75 @@ def test_dtypes_of_parameters_and_gradients(row, held, given):
     assert suite.avals(end) == suite.avals(start)
     for x in jax.tree.leaves(row.view(end[0])):
       assert np.all(np.isfinite(np.asarray(x, np.float64)))
+
+
+MASK = {
+  "layers": True,
+  "odd": True,
+  "embed": False,
+  "lm_head": True,
+  "gain": False,
+}
+
+
+@pytest.mark.parametrize(
+  "wrap",
+  [
+    lambda make: optax.chain(optax.clip_by_global_norm(1.0), make(0.1)),
+    lambda make: optax.MultiSteps(make(0.1), 2),
+    lambda make: optax.masked(make(0.1), MASK),
+    lambda make: optax.inject_hyperparams(make, ("rank",))(0.1),
+  ],
+  ids=["chain", "multi_steps", "masked", "inject_hyperparams"],
+)
+def test_wrappers_on_an_explicit_mesh(wrap):
+  row = ROWS["galore"]
+  tx = wrap(row.factory)
+  got, _ = divided_run(tx, row, make_mesh(), LAYOUTS["both"])
+  start = (tree(), two_gradients(tree()))
+  want, _ = jax.jit(functools.partial(run, tx, row))(*start)
+  suite.close(got, want, row)
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4:4", "mxfp4", "nvfp4"])
+def test_quantization_on_an_explicit_mesh(fmt):
+  x = suite.normal(0, 64, 8)
+  quantize = functools.partial(quantization.quantize, fmt=fmt)
+  want = quantize(x, key=jax.random.key(1))
+  mesh = make_mesh()
+  with jax.set_mesh(mesh):
+    for spec in (("x", "y"), (("x", "y"), None)):
+      where = NamedSharding(mesh, PartitionSpec(*spec))
+      divided = jax.device_put(x, where)
+      got = jax.jit(lambda x: quantize(x, key=jax.random.key(1)))(divided)
+      assert jax.typeof(got.codes).sharding.spec == where.spec
+      assert types(got.dequantize()) == types(divided)
+      for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_array_equal(
+          np.asarray(a, np.float32), np.asarray(b, np.float32)
+        )
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4:4", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), (0, 4, 4), (2, 0, 3)])
+def test_quantization_of_no_entries(shape, fmt):
+  q = quantization.quantize(jnp.zeros(shape), fmt)
+  assert q.dequantize().shape == q.shape == shape
+
+
+def test_elementwise_inside_shard_map():
+  mesh = make_mesh()
+  row = ROWS["spam"]
+  tx = row.factory(row.rate)
+  params = {"bias": suite.normal(0, 16)}
+  grads = two_gradients(params)
+  want, _ = jax.jit(functools.partial(run, tx, row))(params, grads)
+  specs = PartitionSpec("x"), PartitionSpec(None, "x")
+  places = [NamedSharding(mesh, spec) for spec in specs]
+  got = jax.shard_map(
+    lambda *args: run(tx, row, *args)[0],
+    mesh=mesh,
+    in_specs=specs,
+    out_specs=specs[0],
+  )(*jax.device_put((params, grads), tuple(places)))
+  suite.close(got, want, row)
