@@ -307,7 +307,12 @@ def test_a_study_of_trained_models(small_dit, tmp_path, monkeypatch, capsys):
   corpus = runs.write_corpus(tmp_path / "corpus")
   runs.run(
     tmp_path / "lm",
-    runs.settings(corpus, "training.steps=1", "training.seq_len=68"),
+    runs.settings(
+      corpus,
+      "training.steps=1",
+      "training.warmup_steps=1",
+      "training.seq_len=68",
+    ),
   )
   capsys.readouterr()
   given = options(

@@ -12,6 +12,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx, serialization
+from flax.training import train_state
 
 import optim
 from jaxlib_ext import quantization
@@ -20,6 +21,12 @@ from tests.optim import suite_test
 from tests.optim.rows import ROWS
 
 rows = pytest.mark.parametrize("row", quick.cases(ROWS, suite_test.QUICK))
+# Those that take arrays, and no function of the loss.
+BY_GRADIENT = {
+  name: row
+  for name, row in ROWS.items()
+  if not row.needs_value and name != "eco"
+}
 UNEQUAL = ("galore", "q_galore", "apollo", "fira", "frugal", "dion")
 
 
@@ -54,6 +61,22 @@ def test_states_are_kept_bit_for_bit(row, tmp_path):
     checkpointer.wait_until_finished()
     like = jax.eval_shape(lambda: start)
     same_bits(checkpointer.restore(tmp_path / "state", like), state)
+
+
+@pytest.mark.parametrize("row", quick.cases(BY_GRADIENT, set()))
+def test_train_state(row):
+  """Two steps of linen's training state are two of plain optax."""
+  params = suite_test.mixed_tree()
+  tx = row.factory(row.rate)
+  train = train_state.TrainState.create(apply_fn=None, params=params, tx=tx)
+  step = jax.jit(lambda train, grads: train.apply_gradients(grads=grads))
+  state, update = tx.init(params), jax.jit(tx.update)
+  for i in range(2):
+    grads = suite_test.gradients(params, i)
+    train = step(train, grads)
+    updates, state = update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+  suite_test.close(train.params, params, row)
 
 
 def three_steps(tx, model, row, **extra_args):
