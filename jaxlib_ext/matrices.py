@@ -50,8 +50,9 @@ def resolve(
   """Checks a `matrix_axes=` argument against a tree.
 
   Args:
-    spec: None for the last two axes of every leaf; or a pytree like `tree`,
-      or a function of it giving one, whose leaves are None, a `MatrixAxes`
+    spec: None for the axes that a leaf has itself, a `QTensor`, or its last
+      two; or a pytree like `tree`, or a function of it giving one, whose
+      leaves are None for the last two axes, a `MatrixAxes`
       or a tuple `(in_axes, out_axes)`. One of these at an inner node is that
       of all leaves below. Children are matched by name, as by
       `trees.spread`, and keys may be whole paths.
@@ -71,13 +72,16 @@ def resolve(
       do not cut a side. Each names the leaf.
   """
   flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=labels.is_param)
-  entries = trees.spread_leaves(
-    "matrix_axes",
-    trees.given(spec, tree),
-    tree,
-    is_entry=_is_entry,
-    is_param=labels.is_param,
-  )
+  if spec is None:
+    entries = [getattr(x, "matrix_axes", None) for _, x in flat]
+  else:
+    entries = trees.spread_leaves(
+      "matrix_axes",
+      trees.given(spec, tree),
+      tree,
+      is_entry=_is_entry,
+      is_param=labels.is_param,
+    )
   out, unsaid = [], []
   for (path, leaf), entry in zip(flat, entries, strict=True):
     name = paths.leaf_name(path)
@@ -88,7 +92,7 @@ def resolve(
       )
     if entry is None and not axis_names.is_explained(name, len(leaf.shape)):
       unsaid.append((name, leaf.shape))
-    out.append(_check(name, leaf.shape, entry))
+    out.append(check(name, leaf.shape, entry))
   if warn and unsaid:
     name, shape = unsaid[0]
     warnings.warn(
@@ -116,7 +120,7 @@ def _is_entry(x: Any, node: Any) -> bool:
     return True
   whole = isinstance(x, tuple | list) and not hasattr(x, "_fields")
   if labels.is_param(node) or jax.tree_util.all_leaves([node]):
-    # `_check` says what is wrong with it.
+    # `check` says what is wrong with it.
     return whole or jax.tree_util.all_leaves([x])
   if not whole or len(x) != 2 or not all(map(_is_axes, x)):
     return False
@@ -125,7 +129,21 @@ def _is_entry(x: Any, node: Any) -> bool:
   return not pair or any(isinstance(side, numbers.Integral) for side in x)
 
 
-def _check(name: str, shape: Sequence[int], entry: Any) -> MatrixAxes:
+def check(name: str, shape: Sequence[int], entry: Any) -> MatrixAxes:
+  """Checks an entry of `matrix_axes=` against one leaf.
+
+  Args:
+    name: of the leaf, for messages.
+    shape: of the leaf.
+    entry: None for the last two axes, a `MatrixAxes` or a tuple
+      `(in_axes, out_axes)`.
+
+  Returns:
+    As `resolve` for one leaf.
+
+  Raises:
+    ValueError: as `resolve`.
+  """
   ndim = len(shape)
   try:
     given = MatrixAxes() if entry is None else entry
@@ -164,6 +182,20 @@ def _check(name: str, shape: Sequence[int], entry: Any) -> MatrixAxes:
       )
     found.append(blocks)
   return MatrixAxes(inputs, outputs, *found)
+
+
+def from_last(axes: MatrixAxes, ndim: int) -> MatrixAxes | None:
+  """Counts axes from the last, so that leading ones may be sliced off.
+
+  Args:
+    axes: an entry of `resolve`; its blocks are left out.
+    ndim: of the leaf.
+
+  Returns:
+    The sides as tuples of negative axes; None for the last two.
+  """
+  sides = [tuple(axis - ndim for axis in side) for side in axes[:2]]
+  return None if sides == [(-2,), (-1,)] else MatrixAxes(*sides)
 
 
 def _whole(x: Any) -> tuple[int, ...]:

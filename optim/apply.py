@@ -31,9 +31,9 @@ class _Named(type):
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=("codes", "scales", "matrix_scale", "seal"),
-  meta_fields=("format",),
+  meta_fields=("format", "matrix_axes"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Replacement(quantization.QTensor, metaclass=_Named):
   """The update of a `QTensor`: its new value.
 
@@ -55,7 +55,8 @@ class Replacement(quantization.QTensor, metaclass=_Named):
       value.scales,
       value.matrix_scale,
       value.format,
-      jnp.float32(_SEAL),
+      value.matrix_axes,
+      seal=jnp.float32(_SEAL),
     )
 
 
@@ -74,10 +75,10 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
     The new parameters, of the same types and shapes.
 
   Raises:
-    ValueError: the update of a `QTensor` is not one of its shape and format,
-      or has been computed with (scaled, clipped, averaged, added) since it
-      was made. Under `jax.jit`, where its values are not known, that gives
-      NaN instead.
+    ValueError: the update of a `QTensor` is not one of its shape, format and
+      matrix axes, or has been computed with (scaled, clipped, averaged, added)
+      since it was made. Under `jax.jit`, where its values are not known, that
+      gives NaN instead.
   """
 
   def is_leaf(x):
@@ -98,10 +99,13 @@ def _replace(
     not quantization.is_qtensor(new)
     or new.format != old.format
     or new.shape != old.shape
+    or new.matrix_axes != old.matrix_axes
   ):
+    axes = "the last two" if old.matrix_axes is None else old.matrix_axes
     raise ValueError(
-      f"updates: a QTensor of format {old.format} and shape {old.shape} takes "
-      f"another such QTensor (see optim.eco) as its update, got {new!r}"
+      f"updates: a QTensor of format {old.format}, shape {old.shape} and "
+      f"matrix axes {axes} takes another such QTensor (see optim.eco) as its "
+      f"update, got {new!r}"
     )
   if new.codes.dtype != old.codes.dtype or new.scales.dtype != old.scales.dtype:
     raise ValueError(_computed_with(f"codes of {new.codes.dtype}"))

@@ -61,12 +61,14 @@ def describe_labels(params: Any, labels: labels_lib.Labels = None) -> str:
 
 
 def _axes(params: Any, found: list[labels_lib.Leaf]):
-  """The default `MatrixAxes` of the leaves labelled "matrix"."""
+  """`MatrixAxes` of leaves labelled "matrix": their own, or the default."""
   leaves, treedef = jax.tree.flatten(params, is_leaf=labels_lib.is_param)
   abstract = [
-    jax.ShapeDtypeStruct(leaf.shape, getattr(x, "dtype", float))
-    if leaf.label == "matrix"
-    else optax.MaskedNode()
+    optax.MaskedNode()
+    if leaf.label != "matrix"
+    else x
+    if labels_lib.is_param(x)
+    else jax.ShapeDtypeStruct(leaf.shape, getattr(x, "dtype", float))
     for x, leaf in zip(leaves, found, strict=True)
   ]
   return matrices.resolve(None, treedef.unflatten(abstract), "describe_labels")

@@ -8,6 +8,7 @@ is loaded otherwise.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.abc
 import sys
 from types import ModuleType
@@ -19,18 +20,22 @@ _MODULE = "flax.serialization"
 _ARRAYS = ("codes", "scales", "matrix_scale")
 
 
+def _name(tensor: qtensor.QTensor) -> str:
+  """The format, which says how to read the codes, and any matrix axes."""
+  axes = tensor.matrix_axes
+  suffix = "" if axes is None else f"{axes.inputs} x {axes.outputs}"
+  return f"{tensor.format}{suffix}"
+
+
 def _to_state(tensor: qtensor.QTensor) -> dict[str, Any]:
-  """The arrays under the format's name, which says how to read the codes."""
   arrays = {name: getattr(tensor, name) for name in _ARRAYS}
-  return {
-    str(tensor.format): {k: x for k, x in arrays.items() if x is not None}
-  }
+  return {_name(tensor): {k: x for k, x in arrays.items() if x is not None}}
 
 
 def _from_state(
   target: qtensor.QTensor, state: dict[str, Any]
 ) -> qtensor.QTensor:
-  name = str(target.format)
+  name = _name(target)
   want = [k for k in _ARRAYS if getattr(target, k) is not None]
   if list(state) != [name] or sorted(state[name]) != sorted(want):
     raise ValueError(
@@ -38,7 +43,7 @@ def _from_state(
       f"{{{name!r}: {want}}}, got the formats {list(state)}"
     )
   parts = {key: state[name].get(key) for key in _ARRAYS}
-  return qtensor.QTensor(**parts, format=target.format)
+  return dataclasses.replace(target, **parts)
 
 
 def _register(serialization: ModuleType) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlib_ext import labels as labels_lib
-from jaxlib_ext import meshes, sharding
+from jaxlib_ext import matrices, meshes, sharding, trees
 from jaxlib_ext.quantization import formats, rounding
 from jaxlib_ext.quantization import scales as scales_lib
 
@@ -23,28 +23,32 @@ Format = formats.Format
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=("codes", "scales", "matrix_scale"),
-  meta_fields=("format",),
+  meta_fields=("format", "matrix_axes"),
 )
 @dataclasses.dataclass(frozen=True)
 class QTensor:
   """An array as small codes and the scales of groups of them.
 
   Groups lie along axis -2, the contraction axis of a kernel [..., in, out]
-  (along the only axis of a vector). Leading axes are batch, so a stack of
-  layers can be sliced, scanned and vmapped.
+  (along the only axis of a vector), or along the merged fan-in of
+  `matrix_axes`. All other axes are a batch; leading ones, as of a stack of
+  layers, can be sliced, scanned and vmapped.
 
   Attributes:
     codes: [..., in, out] in `format.dtype`.
     scales: [..., ceil(in / block), out], or [..., 1, out] without a block;
-      float32, float8_e8m0fnu or float8_e4m3fn.
+      float32, float8_e8m0fnu or float8_e4m3fn. With several axes of the
+      fan-in, groups are counted by the first and the others have size 1.
     matrix_scale: float32 [..., 1, 1] for nvfp4, otherwise None.
     format: static.
+    matrix_axes: static; negative axes, or None for the last two.
   """
 
   codes: jax.Array
   scales: jax.Array
   matrix_scale: jax.Array | None
   format: Format
+  matrix_axes: matrices.MatrixAxes | None = None
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -93,7 +97,14 @@ def _dequantize(q: QTensor, dtype: Any) -> jax.Array:
   if q.matrix_scale is not None:
     scales = scales * q.matrix_scale
   values = rounding.decode(q.codes, q.format)
-  return (values * _expand(scales, q.shape, q.format)).astype(dtype)
+  if q.matrix_axes is None or q.format.block is None:
+    return (values * _expand(scales, q.shape, q.format)).astype(dtype)
+  axes = matrices.check("codes", q.shape, q.matrix_axes)
+  (groups,) = matrices.split(scales, axes)
+  size = math.prod(q.shape[axis] for axis in axes.inputs)
+  shape = (*groups.shape[:-2], size, groups.shape[-1])
+  wide = matrices.join([_expand(groups, shape, q.format)], q.shape, axes)
+  return (values * wide).astype(dtype)
 
 
 def _max_magnitude(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
@@ -141,6 +152,7 @@ def quantize(
   fmt: Format | str,
   *,
   key: jax.Array | None = None,
+  matrix_axes: matrices.MatrixAxes | tuple[Any, Any] | None = None,
 ) -> QTensor:
   """Rounds an array to codes and scales.
 
@@ -169,23 +181,35 @@ def quantize(
       of its own for each element; the largest magnitude of a group, which
       fixes the scale, goes to the nearest code for "nvfp4". None rounds to
       nearest, ties to even.
+    matrix_axes: a `MatrixAxes` or a tuple `(in_axes, out_axes)`: the axes
+      that are merged to `in` and to `out`, so that (0, (1, 2)) gives a kernel
+      (embed, heads, head_dim) the scales of one (embed, heads * head_dim).
+      All others are a batch; blocks are not taken apart. None for those of a
+      `QTensor`, or the last two.
 
   Returns:
     A `QTensor` of x's shape. Under a mesh with explicit axes the codes are
     divided like x, and the scales as far as their sizes allow.
 
   Raises:
-    ValueError: the format's name is unknown, or x is not a floating array of
-      at least one dimension.
+    ValueError: the format's name is unknown, x is not a floating array of at
+      least one dimension, or `matrix_axes` that it does not have.
   """
   fmt = Format.parse(fmt) if not isinstance(fmt, Format) else fmt
-  x = x.dequantize() if is_qtensor(x) else jnp.asarray(x)
+  if is_qtensor(x):
+    matrix_axes = x.matrix_axes if matrix_axes is None else matrix_axes
+    x = x.dequantize()
+  x = jnp.asarray(x)
   if x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(
       "x must be a floating array of at least one dimension, got "
       f"{x.dtype}{list(x.shape)}"
     )
-  run = functools.partial(_quantize, fmt=fmt)
+  axes = None
+  if matrix_axes is not None:
+    axes = matrices.check("x", x.shape, matrix_axes)
+    axes = axes if matrices.from_last(axes, x.ndim) is not None else None
+  run = functools.partial(_quantize, fmt=fmt, axes=axes)
   mesh = meshes.explicit_mesh(x)
   if mesh is None:
     return run(x, key)
@@ -197,7 +221,14 @@ def quantize(
   return meshes.run_automatic(run, x, key, out_specs=out_specs)
 
 
-def _quantize(x: jax.Array, key: jax.Array | None, fmt: Format) -> QTensor:
+def _quantize(
+  x: jax.Array,
+  key: jax.Array | None,
+  fmt: Format,
+  axes: matrices.MatrixAxes | None = None,
+) -> QTensor:
+  if axes is not None:
+    return _quantize_merged(x, key, fmt, axes)
   x = _to_float32(x)
   noise = None if key is None else rounding.uniform(key, x.shape)
   if fmt.scale == "e8m0":
@@ -209,6 +240,33 @@ def _quantize(x: jax.Array, key: jax.Array | None, fmt: Format) -> QTensor:
   scales = scales_lib.float32_scale(absmax, fmt.max, least)
   values = _to_codes(x, scales, fmt, noise)
   return QTensor(rounding.encode(values, fmt), scales, None, fmt)
+
+
+def _quantize_merged(
+  x: jax.Array,
+  key: jax.Array | None,
+  fmt: Format,
+  axes: matrices.MatrixAxes,
+) -> QTensor:
+  """Quantizes [batch..., in, out] and gives all parts the axes of x."""
+  axes = axes._replace(input_blocks=1, output_blocks=1)
+  (matrix,) = matrices.split(x, axes)
+  q = _quantize(matrix, key, fmt)
+  first, *others = axes.inputs
+
+  def join(part, sizes):
+    shape = [sizes.get(axis, n) for axis, n in enumerate(x.shape)]
+    return matrices.join([part], shape, axes)
+
+  scales = {**dict.fromkeys(others, 1), first: q.scales.shape[-2]}
+  whole = dict.fromkeys(axes.inputs + axes.outputs, 1)
+  return QTensor(
+    join(q.codes, {}),
+    join(q.scales, scales),
+    None if q.matrix_scale is None else join(q.matrix_scale, whole),
+    fmt,
+    matrices.from_last(axes, x.ndim),
+  )
 
 
 def _to_float32(x: jax.Array) -> jax.Array:
@@ -282,6 +340,7 @@ def quantize_tree(
   *,
   labels: labels_lib.Labels = None,
   key: jax.Array | None = None,
+  matrix_axes: matrices.Spec = None,
 ) -> Any:
   """Quantizes the parameters labelled "matrix".
 
@@ -290,26 +349,42 @@ def quantize_tree(
     fmt: as for `quantize`.
     labels: as for `jaxlib_ext.labels.resolve`.
     key: None, or a PRNG key that each leaf folds its own position into.
+    matrix_axes: None, or a pytree like `params`, a prefix of it or a function
+      of it giving one, such as `optim.flax_matrix_axes`: what `quantize` takes
+      for each, and None for the last two axes.
 
   Returns:
     A pytree like `params` with `QTensor`s among its leaves.
+
+  Raises:
+    ValueError: as `quantize`; labels or `matrix_axes` that do not fit.
   """
   fmt = Format.parse(fmt) if not isinstance(fmt, Format) else fmt
   roles = jax.tree.leaves(labels_lib.resolve(labels, params))
   leaves, treedef = jax.tree.flatten(params, is_leaf=is_qtensor)
-
-  def convert(i, leaf, role):
-    if role != "matrix":
-      return leaf
-    leaf_key = None if key is None else jax.random.fold_in(key, i)
-    return quantize(leaf, fmt, key=leaf_key)
-
-  return treedef.unflatten(
-    [
-      convert(i, leaf, role)
-      for i, (leaf, role) in enumerate(zip(leaves, roles, strict=True))
-    ]
+  chosen = [
+    role == "matrix" and len(leaf.shape) >= 2
+    for leaf, role in zip(leaves, roles, strict=True)
+  ]
+  matrix_leaves = treedef.unflatten(
+    [leaf if c else None for leaf, c in zip(leaves, chosen, strict=True)]
   )
+  axes = iter(
+    matrices.resolve(
+      trees.given(matrix_axes, params),
+      matrix_leaves,
+      "quantize_tree",
+      warn=True,
+    )
+  )
+  out = []
+  for i, (leaf, role) in enumerate(zip(leaves, roles, strict=True)):
+    if role == "matrix":
+      leaf_key = None if key is None else jax.random.fold_in(key, i)
+      leaf_axes = next(axes) if chosen[i] else None
+      leaf = quantize(leaf, fmt, key=leaf_key, matrix_axes=leaf_axes)
+    out.append(leaf)
+  return treedef.unflatten(out)
 
 
 def dequantize_tree(tree: Any, dtype: Any = jnp.float32) -> Any:

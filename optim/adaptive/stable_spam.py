@@ -120,7 +120,7 @@ def scale_by_stable_spam(
   def init(params):
     wide = numerics.zeros_like(params)
     leaves, treedef = jax.tree.flatten(wide)
-    axes = _tensor_axes(params, labels, matrix_axes)
+    axes = _tensor_axes(params, labels, matrix_axes, warn=True)
     # One array each: two that were one could not both be donated.
     per_tensor = lambda: treedef.unflatten(
       [
@@ -198,7 +198,11 @@ def _average_rms(decay: Any, old: jax.Array, new: jax.Array) -> jax.Array:
 
 
 def _tensor_axes(
-  tree: Any, labels: labels_lib.Labels, matrix_axes: matrices.Spec
+  tree: Any,
+  labels: labels_lib.Labels,
+  matrix_axes: matrices.Spec,
+  *,
+  warn: bool = False,
 ) -> list[tuple[int, ...]]:
   """For each leaf, the axes that one tensor of it goes over."""
   kinds = jax.tree.leaves(labels_lib.resolve(labels, tree))
@@ -210,7 +214,7 @@ def _tensor_axes(
       for leaf, kind in zip(leaves, kinds, strict=True)
     ]
   )
-  resolved = iter(matrices.resolve(spec, of_matrices, "Stable-SPAM"))
+  resolved = iter(matrices.resolve(spec, of_matrices, "Stable-SPAM", warn=warn))
   out = []
   for leaf, kind in zip(leaves, kinds, strict=True):
     if kind == "vector" or leaf.ndim < 2:

@@ -73,9 +73,10 @@ def scale_by_muon(
       row, the weights of one input, by its norm over the outputs (its C);
       "both" by both norms, each of U itself (its RC). None is Muon. A line of
       zeros stays zero.
-    matrix_axes: None for the last two axes, or a pytree like the parameters
-      (or a function of them giving one) whose leaves are None, a
-      `MatrixAxes` or a tuple `(in_axes, out_axes)`; other axes are a batch.
+    matrix_axes: None for the last two axes, or a pytree like the parameters,
+      a prefix of it or a function of them giving one, such as
+      `optim.flax_matrix_axes`, whose leaves are None, a `MatrixAxes` or a
+      tuple `(in_axes, out_axes)`; other axes are a batch.
     momentum_dtype: of the stored average; None for at least float32.
 
   Returns:

@@ -31,8 +31,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_ext import labels as labels_lib
-from jaxlib_ext import paths, quantization
-from optim import apply, arguments, assembly, groups, numerics
+from jaxlib_ext import paths, quantization, trees
+from optim import apply, arguments, assembly, groups, matrices, numerics
 
 _ROUNDINGS = ("stochastic", "nearest")
 _MAX_LOOK_AHEAD = 4096
@@ -126,8 +126,13 @@ def _horizon(learning_rate, momentum, weight_decay, count) -> jax.Array:
   return jnp.sum(products) + products[-1] * rest
 
 
-def _roles(labels: labels_lib.Labels, params: Any, strict: bool) -> Any:
-  """Labels of the parameters, checked against which ones are quantized.
+def _roles(
+  labels: labels_lib.Labels,
+  matrix_axes: matrices.Spec,
+  params: Any,
+  strict: bool,
+) -> Any:
+  """Labels of the parameters, checked against which ones are quantized how.
 
   With `strict` False an unquantized matrix may be abstract: what
   `optax.MultiSteps` is initialised with.
@@ -152,7 +157,29 @@ def _roles(labels: labels_lib.Labels, params: Any, strict: bool) -> Any:
   jax.tree_util.tree_map_with_path(
     check, params, roles, is_leaf=quantization.is_qtensor
   )
+  if matrix_axes is not None:
+    _check_axes(trees.given(matrix_axes, params), _only(params, roles, True))
   return roles
+
+
+def _check_axes(matrix_axes: Any, params: Any) -> None:
+  """Refuses matrices that are quantized along other axes."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(
+    params, is_leaf=quantization.is_qtensor
+  )
+  wanted = matrices.resolve(matrix_axes, params, "ECO")
+  for (path, leaf), axes in zip(flat, wanted, strict=True):
+    want = matrices.from_last(axes, len(leaf.shape))
+    if quantization.is_qtensor(leaf) and leaf.matrix_axes != want:
+      has, want = (
+        "the last two" if x is None else f"{x.inputs} and {x.outputs}"
+        for x in (leaf.matrix_axes, want)
+      )
+      raise ValueError(
+        f"matrix_axes of {paths.leaf_name(path)!r} must be those it is "
+        f"quantized along, {has}, got {want}: give quantization.quantize_tree "
+        "the same matrix_axes"
+      )
 
 
 def _only(tree: Any, roles: Any, wanted: bool) -> Any:
@@ -199,7 +226,9 @@ def _step(
     u = momentum * u + (1 - momentum) * rate * delta.astype(u.dtype)
     target = r * theta - u
     leaf_key = None if key is None else jax.random.fold_in(key, place)
-    q = quantization.quantize(target, leaf.format, key=leaf_key)
+    q = quantization.quantize(
+      target, leaf.format, key=leaf_key, matrix_axes=leaf.matrix_axes
+    )
     new.append(q)
     # Where the next momentum is 0, nothing carries the error.
     error = (target - q.dequantize()) / jnp.where(c > 0, c, jnp.inf)
@@ -249,6 +278,7 @@ def eco(
   weight_decay_mask: groups.Mask = None,
   rounding: str = "stochastic",
   seed: int = 0,
+  matrix_axes: matrices.Spec = None,
   labels: labels_lib.Labels = None,
   fallback: groups.Fallback = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -284,6 +314,9 @@ def eco(
       it should have moved by half a grid step / (1 - β).
     seed: of the random bits of stochastic rounding, which depend on it, the
       step, the position of the leaf and that of the element only.
+    matrix_axes: what `quantization.quantize_tree` was given, to be compared
+      with the axes along which each matrix is quantized; None takes those. An
+      `inner` with matrices of its own needs the argument as well.
     labels: as for `jaxlib_ext.labels.resolve`.
     fallback: as for `muon`.
 
@@ -292,7 +325,8 @@ def eco(
 
   Raises:
     ValueError: an argument out of range; at init and update, a matrix that is
-      not quantized or a quantized leaf that is not labelled "matrix".
+      not quantized or is quantized along other axes, or a quantized leaf that
+      is not labelled "matrix".
   """
   _check(learning_rate, momentum, weight_decay, rounding)
   inner = optax.with_extra_args_support(inner or optax.identity())
@@ -300,7 +334,7 @@ def eco(
 
   def init(params):
     arguments.check_arrays(params, "ECO")
-    roles = _roles(labels, params, strict=False)
+    roles = _roles(labels, matrix_axes, params, strict=False)
     mask = groups.resolve_quantized_mask(weight_decay_mask, params)
     other = _fallback(fallback, learning_rate, weight_decay, mask, roles)
     return _initial(params, roles, inner, other, seed, mask is not None)
@@ -308,7 +342,7 @@ def eco(
   def update(grads, state, params=None, **extra_args):
     if params is None:
       raise ValueError("params: eco.update needs the parameters, got None")
-    roles = _roles(labels, params, strict=True)
+    roles = _roles(labels, matrix_axes, params, strict=True)
     mask = groups.resolve_quantized_mask(weight_decay_mask, params)
     other = _fallback(fallback, learning_rate, weight_decay, mask, roles)
     updates, fallback_state = other.update(
@@ -404,7 +438,7 @@ def eco_flush(params: Any, state: Any) -> Any:
     if not quantization.is_qtensor(param):
       return param
     z = param.dequantize() - horizon * u
-    return quantization.quantize(z, param.format)
+    return quantization.quantize(z, param.format, matrix_axes=param.matrix_axes)
 
   horizons = state.horizon
   if jax.tree_util.all_leaves([horizons]):

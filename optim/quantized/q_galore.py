@@ -345,7 +345,9 @@ def _on_quantized(
     ):
       if quantization.is_qtensor(leaf):
         leaf_key = jax.random.fold_in(key, next(places))
-        u = quantization.quantize(w + u, leaf.format, key=leaf_key)
+        u = quantization.quantize(
+          w + u, leaf.format, key=leaf_key, matrix_axes=leaf.matrix_axes
+        )
         u = apply.Replacement.of(u)
       out.append(u)
     return treedef.unflatten(out), QuantizedWeightsState(

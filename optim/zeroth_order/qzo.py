@@ -10,6 +10,7 @@ own.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -126,7 +127,7 @@ def _on_scales(
 def _with_scales(
   param: quantization.QTensor, scales: jax.Array
 ) -> quantization.QTensor:
-  return quantization.QTensor(param.codes, scales, None, param.format)
+  return dataclasses.replace(param, scales=scales)
 
 
 @arguments.checked()

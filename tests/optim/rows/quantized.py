@@ -12,7 +12,7 @@ ROWS: dict[str, Row] = {
   "eco": Row(
     optim.eco,
     rate=0.3,
-    prepare=lambda params: quantization.quantize_tree(params, "int8"),
+    prepare=functools.partial(quantization.quantize_tree, fmt="int8"),
     view=lambda params: quantization.dequantize_tree(params),
     apply=optim.apply_updates,
     dtypes=(jnp.float32,),
@@ -20,7 +20,7 @@ ROWS: dict[str, Row] = {
   "q_galore": Row(
     functools.partial(optim.q_galore, rank=0.5, update_interval=5),
     rate=0.4,
-    prepare=lambda params: quantization.quantize_tree(params, "int8:256"),
+    prepare=functools.partial(quantization.quantize_tree, fmt="int8:256"),
     view=lambda params: quantization.dequantize_tree(params),
     apply=optim.apply_updates,
     dtypes=(jnp.float32,),

@@ -23,7 +23,8 @@ class Row:
     rate: a peak learning rate that suits the convergence targets.
     rounding: the relative rounding error of the narrowest number format an
       update goes through; two orders of summation may differ by a few.
-    prepare: turns float parameters into what the optimizer holds.
+    prepare: turns float parameters into what the optimizer holds; if it does
+      anything and the factory takes `matrix_axes`, it does too.
     view: the float parameters to differentiate at, from what it holds.
     apply: `optax.apply_updates` or its replacement.
     dtypes: the parameter dtypes it takes.
