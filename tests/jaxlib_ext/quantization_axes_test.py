@@ -122,6 +122,7 @@ class MatrixAxesTest(parameterized.TestCase):
       quantization.quantize_tree(params, "int8", matrix_axes={"attn": None})
 
   @parameterized.parameters("int8", "nvfp4")
+  @pytest.mark.slow
   def test_explicit_meshes(self, name):
     mesh = jax.make_mesh(
       (2, 4), ("x", "y"), axis_types=(AxisType.Explicit,) * 2

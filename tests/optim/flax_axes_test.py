@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optim
 from jaxlib_ext import quantization
@@ -177,6 +178,75 @@ def test_a_kernel_of_three_axes_is_one_of_two(name):
     np.testing.assert_allclose(
       out[1][k], out[0][k], rtol=0, atol=bound * np.abs(out[0][k]).max()
     )
+
+
+def trained_by_eco(params, grads, axes):
+  """Parameters after two steps, and what `eco_flush` makes of them."""
+  params = quantization.quantize_tree(params, "int8:4", matrix_axes=axes)
+  tx = optim.eco(0.1, weight_decay=0.1, matrix_axes=axes)
+
+  def run(params, grads):
+    state = tx.init(params)
+    for _ in range(2):
+      updates, state = tx.update(grads, state, params)
+      params = optim.apply_updates(params, updates)
+    return params, optim.eco_flush(params, state)
+
+  out = jax.jit(run)(params, grads)
+  for tree in out:
+    assert jax.tree.structure(tree) == jax.tree.structure(params)
+  return out
+
+
+@pytest.mark.slow
+def test_eco_keeps_the_axes_of_its_parameters():
+  """Bit for bit that of the reshaped kernels, also on an explicit mesh."""
+  sample = np.random.default_rng(0).standard_normal
+  wide = {
+    "query": {"kernel": jnp.asarray(sample((8, 2, 4)), jnp.float32)},
+    "out": {"kernel": jnp.asarray(sample((2, 4, 8)), jnp.float32)},
+  }
+  flat = jax.tree.map(lambda x: x.reshape(8, 8), wide)
+  spec = optim.flax_matrix_axes
+  want = trained_by_eco(flat, jax.tree.map(jnp.ones_like, flat), None)
+  found = [trained_by_eco(wide, jax.tree.map(jnp.ones_like, wide), spec)]
+  mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+  places = {
+    "query": {"kernel": NamedSharding(mesh, PartitionSpec("y", "x"))},
+    "out": {"kernel": NamedSharding(mesh, PartitionSpec("x", None, "y"))},
+  }
+  with jax.set_mesh(mesh):
+    params = jax.device_put(wide, places)
+    got = trained_by_eco(params, jax.tree.map(jnp.ones_like, params), spec)
+  found.append(jax.device_get(got))
+  for got in found:
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+      assert np.ravel(a).tobytes() == np.ravel(b).tobytes()
+
+
+def test_axes_of_quantized_parameters():
+  params = {"query": {"kernel": jnp.ones((8, 2, 4))}}
+  spec = optim.flax_matrix_axes
+  held = quantization.quantize_tree(params, "int8", matrix_axes=spec)
+  for axes in (None, spec, (0, (1, 2)), (-3, (-2, -1))):
+    optim.eco(0.1, matrix_axes=axes).init(held)
+  optim.eco(0.1, matrix_axes=spec).init(jax.eval_shape(lambda: params))
+  with pytest.raises(
+    ValueError, match="'query/kernel' must be .*quantize_tree"
+  ):
+    optim.eco(0.1, matrix_axes=(-2, -1)).init(held)
+  assert "[0] x [1, 2]" in optim.describe_labels(held)
+  scales = 4 * 8
+  assert held["query"]["kernel"].nbytes_packed == 8 * 2 * 4 + scales
+  plain = quantization.quantize_tree(params, "int8", matrix_axes=(-2, -1))
+  for old, new in ((held, plain), (plain, held)):
+    with pytest.raises(ValueError, match="matrix axes .* takes another such"):
+      optim.apply_updates(old, new)
+  value = lambda p: jnp.sum(p["query"]["kernel"].dequantize())
+  tx = optim.qzo(0.1)
+  step = jax.jit(lambda s, p: tx.update(params, s, p, value_fn=value)[0])
+  new = optim.apply_updates(held, step(tx.init(held), held))
+  assert jax.tree.structure(new) == jax.tree.structure(held)
 
 
 @pytest.mark.parametrize(
