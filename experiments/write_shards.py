@@ -14,8 +14,9 @@ import pathlib
 
 from absl import flags
 
-from experiments import data, errors
-from experiments.data import shards
+from experiments import errors
+from experiments.data import corpus as corpus_lib
+from experiments.data import load, shards
 from jaxlib_ext import config as config_lib
 
 
@@ -32,20 +33,37 @@ def main() -> None:
   output = pathlib.Path(values.output).expanduser()
   # Before the tokenizing, which may take long.
   shards.claim(output, overwrite=values.overwrite)
-  corpus = data.load_corpus(
+  texts = load.open_texts(
     values.source,
     values.path,
     tokenizer=values.tokenizer,
     held_out=values.held_out,
   )
-  meta = shards.write(
-    corpus,
+  meta = shards.write_parts(
+    (texts.encode(texts.train), texts.encode(texts.eval)),
+    (texts.train_bytes, texts.eval_bytes),
     output,
+    tokenizer=texts.tokenizer,
+    hash_=texts.hash,
+    facts=texts.facts,
     shard_tokens=values.shard_tokens,
     overwrite=values.overwrite,
   )
-  files = sum(len(split["files"]) for split in meta["splits"].values())
-  print(f"{corpus.summary()}\nwritten to {output}: {files} shards, meta.json")
+  splits = meta["splits"]
+  facts = {
+    **texts.facts,
+    "hash": texts.hash,
+    "tokenizer": texts.tokenizer.name,
+    "train_tokens": splits["train"]["tokens"],
+    "train_bytes": texts.train_bytes,
+    "eval_tokens": splits["val"]["tokens"],
+    "eval_bytes": texts.eval_bytes,
+  }
+  files = sum(len(split["files"]) for split in splits.values())
+  print(
+    f"{corpus_lib.summary(facts)}\nwritten to {output}: {files} shards, "
+    "meta.json"
+  )
 
 
 def _define_flags() -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
   from experiments.data import corpus as corpus_lib
 
 XZ_LIMIT = 64 << 20
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20
 
 
 def unigram(corpus: corpus_lib.Corpus) -> dict[str, float | None]:

@@ -71,18 +71,7 @@ class Corpus:
 
   def summary(self) -> str:
     """One line for a person."""
-    facts, files = self.facts, ""
-    if "files" in facts:
-      files = f", {facts['files']} file{'s' * (facts['files'] != 1)}"
-    python = f" {facts['python']}" if "python" in facts else ""
-    size = "" if self.train_bytes is None else (
-      f" ({self.train_bytes + self.eval_bytes:,} bytes)"
-    )  # fmt: skip
-    return (
-      f"{facts['source']}{python}{files}{size}, hash {self.hash}, tokenizer "
-      f"{self.tokenizer.name}: {len(self.train):,} tokens to train on, "
-      f"{len(self.eval):,} held out ({facts['split']})"
-    )
+    return summary(self.describe())
 
   def baselines(self) -> dict[str, dict[str, float]]:
     """Each baseline's "nats_per_token" and "bits_per_byte", by name.
@@ -102,6 +91,22 @@ class Corpus:
       nats = bits * np.log(2) * self.eval_bytes_per_token
       out[name] = {"nats_per_token": float(nats), "bits_per_byte": bits}
     return out
+
+
+def summary(facts: dict[str, Any]) -> str:
+  """One line for a person from what `Corpus.describe` gives."""
+  files = ""
+  if "files" in facts:
+    files = f", {facts['files']} file{'s' * (facts['files'] != 1)}"
+  python = f" {facts['python']}" if "python" in facts else ""
+  size = "" if facts["train_bytes"] is None else (
+    f" ({facts['train_bytes'] + facts['eval_bytes']:,} bytes)"
+  )  # fmt: skip
+  return (
+    f"{facts['source']}{python}{files}{size}, hash {facts['hash']}, tokenizer "
+    f"{facts['tokenizer']}: {facts['train_tokens']:,} tokens to train on, "
+    f"{facts['eval_tokens']:,} held out ({facts['split']})"
+  )
 
 
 def check_vocab(

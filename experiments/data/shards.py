@@ -1,7 +1,8 @@
 """Token files on disk, memory-mapped.
 
-A shard is a `.npy` file with a vector of uint16 or uint32, or a `.bin` file of
-little-endian uint16 without any header. A directory that `write` made also has
+A shard is a `.npy` file with a vector of uint16 or uint32, or a `.bin` file:
+with the header of llm.c, which says the type, or headerless, of little-endian
+uint16 or uint32 (see `bins.read`). A directory that `write` made also has
 tokenizer.json and meta.json; the latter names the shards of each split, in
 order, with the tokens and bytes they hold. Documents lie one behind another,
 sorted by name, each followed by the tokenizer's end of a document; they may
@@ -24,16 +25,15 @@ from typing import Any
 import numpy as np
 
 from experiments import errors
+from experiments.data import bins, sources, tokenization
 from experiments.data import corpus as corpus_lib
-from experiments.data import sources, tokenization
+from experiments.data import files as files_lib
 from jaxlib_ext import records
 
 FORMAT = 1
 SHARD_TOKENS = 1 << 27
 _SPLITS = ("train", "val")
-_CHUNK = 1 << 24
-# The first word of llm.c's token files, which have a header of 256 words.
-_LLMC_MAGIC = 20240520
+_CHUNK = 1 << 20
 
 
 class Concatenation:
@@ -84,14 +84,16 @@ def read(
     UserError: nothing to read, an unknown dtype, an id that the tokenizer
       does not have, or shards that differ from their meta.json.
   """
-  meta = pathlib.Path(path).expanduser() / "meta.json" if path else None
-  if meta is not None and meta.is_file():
+  found = files_lib.find(path)
+  meta = pathlib.Path(path).expanduser() / "meta.json"
+  if meta.is_file():
     return _read_written(meta, cache)
-  files = [
-    (name, file)
-    for name, file in sources.find_files(path)
-    if file.suffix in (".npy", ".bin")
-  ]
+  files = []
+  for name, file in found.files:
+    if file.suffix in (".npy", ".bin"):
+      files.append((name, file))
+    else:
+      found.leave_out("neither .npy nor .bin", name)
   if not files:
     raise errors.UserError(f"data.path: no .npy or .bin files in {path}")
   if tokenizer.startswith("bpe:"):
@@ -100,7 +102,8 @@ def read(
       "the path of the tokenizer.json that made the shards, or bytes"
     )
   made = tokenization.make(tokenizer, (), cache)
-  arrays = {name: _open(file) for name, file in files}
+  found.report(path)
+  arrays = {name: bins.read(file, made.vocab_size) for name, file in files}
   digests = [(name, _check(file, arrays[name], made)) for name, file in files]
   train, held, how = _split(arrays, held_out)
   return corpus_lib.Corpus(
@@ -122,7 +125,7 @@ def _read_written(
     if content["format"] != FORMAT:
       raise ValueError(f"format {content['format']}, expected {FORMAT}")
     splits = content["splits"]
-    files = {s: splits[s]["files"] for s in _SPLITS}
+    files = {s: [_plain(f) for f in splits[s]["files"]] for s in _SPLITS}
     sizes = {s: splits[s]["bytes"] for s in _SPLITS}
     tokens = {s: splits[s]["tokens"] for s in _SPLITS}
     facts, hash_ = content["corpus"], content["hash"]
@@ -130,7 +133,7 @@ def _read_written(
     raise errors.UserError(f"data.path: cannot read {meta}: {e!r}") from e
   arrays = {}
   for split in _SPLITS:
-    found = [(f, _open(meta.with_name(f))) for f in files[split]]
+    found = [(f, bins.read(meta.with_name(f))) for f in files[split]]
     arrays[split] = _joined([array for _, array in found])
     if len(arrays[split]) != tokens[split]:
       raise errors.UserError(
@@ -158,14 +161,42 @@ def write(
   shard_tokens: int = SHARD_TOKENS,
   overwrite: bool = False,
 ) -> dict[str, Any]:
-  """Writes a corpus as shards, tokenizer.json and meta.json.
+  """Writes a corpus as shards: `write_parts` of its tokens."""
+  return write_parts(
+    (_chunks(corpus.train), _chunks(corpus.eval)),
+    (corpus.train_bytes, corpus.eval_bytes),
+    output,
+    tokenizer=corpus.tokenizer,
+    hash_=corpus.hash,
+    facts=corpus.facts,
+    shard_tokens=shard_tokens,
+    overwrite=overwrite,
+  )
+
+
+def write_parts(
+  tokens: tuple[Iterable[np.ndarray], Iterable[np.ndarray]],
+  sizes: tuple[int | None, int | None],
+  output: pathlib.Path,
+  *,
+  tokenizer: tokenization.Tokenizer,
+  hash_: str,
+  facts: dict[str, Any],
+  shard_tokens: int = SHARD_TOKENS,
+  overwrite: bool = False,
+) -> dict[str, Any]:
+  """Writes shards, tokenizer.json and meta.json, one array at a time.
 
   Each file is renamed into place whole, and meta.json last, so that a
   directory with a meta.json is complete.
 
   Args:
-    corpus: with known bytes.
+    tokens: of training and of evaluation, in arrays of any size.
+    sizes: the bytes that each encodes, or None.
     output: made if absent.
+    tokenizer: made the tokens.
+    hash_: of the corpus.
+    facts: of the corpus, JSON-ready.
     shard_tokens: tokens of every shard but the last of a split.
     overwrite: replace the shards in `output`; its other files stay.
 
@@ -186,26 +217,23 @@ def write(
     for old in output.glob(f"{split}_[0-9]*"):
       if old.suffix in (".bin", ".npy", ".part"):
         old.unlink()
-  corpus.tokenizer.save(output / "tokenizer.json")
+  tokenizer.save(output / "tokenizer.json")
   splits = {}
-  for split, tokens, size in (
-    ("train", corpus.train, corpus.train_bytes),
-    ("val", corpus.eval, corpus.eval_bytes),
-  ):
-    splits[split] = {
-      "tokens": len(tokens),
-      "bytes": size,
-      "files": list(_write_split(output, split, tokens, shard_tokens)),
-    }
+  for split, parts, size in zip(_SPLITS, tokens, sizes, strict=True):
+    wide = tokenizer.dtype.itemsize > 2
+    files, count = bins.write(output, split, parts, shard_tokens, wide=wide)
+    splits[split] = {"tokens": count, "bytes": size, "files": files}
+    if not count:
+      raise errors.UserError(f"data: no tokens in the split {split}")
   meta = {
     "format": FORMAT,
-    "tokenizer": corpus.tokenizer.name,
-    "vocab_size": corpus.tokenizer.vocab_size,
-    "end_of_document": corpus.tokenizer.eod,
-    "dtype": corpus.tokenizer.dtype.name,
+    "tokenizer": tokenizer.name,
+    "vocab_size": tokenizer.vocab_size,
+    "end_of_document": tokenizer.eod,
+    "dtype": tokenizer.dtype.name,
     "order": "documents sorted by name",
-    "hash": corpus.hash,
-    "corpus": corpus.facts,
+    "hash": hash_,
+    "corpus": facts,
     "splits": splits,
   }
   records.write_json(output / "meta.json", meta)
@@ -227,51 +255,16 @@ def claim(output: pathlib.Path, *, overwrite: bool) -> None:
   output.mkdir(parents=True, exist_ok=True)
 
 
-def _write_split(
-  output: pathlib.Path, split: str, tokens: corpus_lib.Tokens, size: int
-) -> Iterator[str]:
-  for number, start in enumerate(range(0, len(tokens), size)):
-    shard = np.asarray(tokens[start : start + size])
-    wide = shard.dtype.itemsize > 2
-    name = f"{split}_{number:05d}.{'npy' if wide else 'bin'}"
-    part = output / f"{name}.part"
-    with open(part, "wb") as f:
-      if wide:
-        np.save(f, shard.astype("<u4"))
-      else:
-        shard.astype("<u2").tofile(f)
-      f.flush()
-      os.fsync(f.fileno())
-    os.replace(part, output / name)
-    yield name
+def _chunks(tokens: corpus_lib.Tokens) -> Iterator[np.ndarray]:
+  for start in range(0, len(tokens), _CHUNK):
+    yield tokens[start : start + _CHUNK]
 
 
-def _open(path: pathlib.Path) -> np.ndarray:
-  try:
-    if path.suffix == ".npy":
-      array = np.load(path, mmap_mode="r", allow_pickle=False)
-    else:
-      size = path.stat().st_size
-      if size % 2:
-        raise ValueError(f"{size} bytes are no whole number of uint16")
-      array = np.memmap(path, "<u2", mode="r") if size else np.zeros(0, "<u2")
-      if len(array) > 2 and array[:2].tobytes() == _LLMC_MAGIC.to_bytes(
-        4, "little"
-      ):
-        raise ValueError("it has llm.c's header; only headerless files are "
-                         "read")  # fmt: skip
-  except OSError as e:
-    raise errors.UserError(
-      f"data.path: cannot read {path}: {e.strerror or e}"
-    ) from e
-  except (ValueError, EOFError) as e:
-    raise errors.UserError(f"data.path: cannot read {path}: {e}") from e
-  if array.ndim != 1 or array.dtype not in (np.uint16, np.uint32):
-    raise errors.UserError(
-      f"data.path: {path} holds {array.dtype} of shape {array.shape}, allowed: "
-      "a vector of uint16 or uint32"
-    )
-  return array
+def _plain(name: str) -> str:
+  """A shard's name, which must not lead out of the directory."""
+  if os.path.basename(name) != name or name in ("", ".", "..") or "\0" in name:
+    raise ValueError(f"shard {name!r}, expected the plain name of a file")
+  return name
 
 
 def _check(

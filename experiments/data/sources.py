@@ -7,18 +7,19 @@ slashes, so that order, split and hash are the same on every machine.
 from __future__ import annotations
 
 import dataclasses
-import glob
 import hashlib
 import os
 import pathlib
 import platform
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from experiments import errors
+from experiments.data import files as files_lib
 from jaxlib_ext import config as config_lib
 
 SOURCES = ("files", "python", "shards")
+_CONTINUATION = bytes(range(0x80, 0xC0))
 
 # Tests and second copies of modules that are elsewhere in the library.
 _NOT_LIBRARY = frozenset(
@@ -37,14 +38,14 @@ _NOT_LIBRARY = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """One file, or one range of its bytes, read when asked.
+  """One file, or one range of its text, read when asked.
 
   Attributes:
     name: relative to the corpus, with forward slashes.
     path: where it lies on this machine.
-    start: the first byte.
+    start: the first byte of its text, which is what `files.blocks` yields.
     stop: one past the last byte.
-    digest: SHA-256 of the whole file, 32 bytes.
+    digest: SHA-256 of the whole file's text, 32 bytes.
   """
 
   name: str
@@ -58,16 +59,25 @@ class Document:
     """Bytes in the document."""
     return self.stop - self.start
 
-  def read(self) -> bytes:
-    """The bytes.
+  def blocks(self) -> Iterator[bytes]:
+    """Yields the bytes in blocks of about `files.BLOCK`.
 
     Raises:
       UserError: the file cannot be read or is shorter than it was.
     """
-    content = _read(self.path)[self.start : self.stop]
-    if len(content) != self.size:
-      raise errors.UserError(f"data.path: {self.path} changed while in use")
-    return content
+    position = 0
+    for block in files_lib.blocks(self.path):
+      part = block[max(self.start - position, 0) : self.stop - position]
+      position += len(block)
+      if part:
+        yield part
+      if position >= self.stop:
+        return
+    raise errors.UserError(f"data.path: {self.path} changed while in use")
+
+  def read(self) -> bytes:
+    """All bytes at once; raises what `blocks` raises."""
+    return b"".join(self.blocks())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +87,7 @@ class Documents:
   Attributes:
     source: "python" or "files".
     documents: at least one, none of them empty.
-    binary: files left out because they hold a NUL byte.
+    binary: files left out because they hold a NUL byte or are damaged.
     duplicates: files left out because an earlier one has the same bytes; kept,
       they could put the same text in both splits.
   """
@@ -124,9 +134,10 @@ def load_documents(source: str, path: str = "") -> Documents:
   """Finds the documents of a source.
 
   "python" is every .py file of the running interpreter's standard library,
-  without tests and installed packages. "files" is a file, a directory (taken
-  recursively) or a glob; hidden files are left out. Files with a NUL byte
-  count as binary and are skipped; so are empty files and exact duplicates.
+  without tests and installed packages. "files" is what `files.find` finds:
+  text, also packed by gzip or in UTF-16. Files with a NUL byte count as
+  binary and are skipped; so are empty files and exact duplicates. A line on
+  stderr names what is neither text, empty nor a duplicate.
 
   Args:
     source: "python" or "files".
@@ -137,41 +148,13 @@ def load_documents(source: str, path: str = "") -> Documents:
   """
   if source == "python":
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    return _documents(source, _walk(root, _is_library), str(root))
+    found = files_lib.walk(root, _is_library, links=False)
+    return _documents(source, found, str(root))
   if source == "files":
-    return _documents(source, find_files(path), path)
+    return _documents(source, files_lib.find(path), path)
   raise errors.UserError(
     f"data.source: got {source!r}; {config_lib.nearest(source, SOURCES)}"
   )
-
-
-def find_files(path: str) -> list[tuple[str, pathlib.Path]]:
-  """Sorted (relative name, path) of a file, directory or glob.
-
-  Raises:
-    UserError: the path is empty, absent or matches no file.
-  """
-  if not path:
-    raise errors.UserError("data.path: expected a file, directory or glob")
-  expanded = pathlib.Path(path).expanduser()
-  if expanded.is_dir():
-    found = _walk(expanded, lambda name: True)
-  elif expanded.exists():
-    found = [(expanded.name, expanded)]
-  elif glob.has_magic(path):
-    parts = expanded.parts
-    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    root = pathlib.Path(*parts[:fixed])
-    found = sorted(
-      (p.relative_to(root).as_posix(), p)
-      for p in map(pathlib.Path, glob.glob(str(expanded), recursive=True))
-      if p.is_file()
-    )
-  else:
-    raise errors.UserError(f"data.path: {path} does not exist")
-  if not found:
-    raise errors.UserError(f"data.path: no files in {path}")
-  return found
 
 
 def split(
@@ -223,26 +206,36 @@ def split(
 
 
 def _cut(document: Document, held_out: float) -> tuple[Document, Document]:
-  content = document.read()
-  size = len(content)
-  cut = size - int(size * held_out)
-  line = content.find(b"\n", cut) + 1
-  if 0 < line < size:
-    cut = line
-  else:
+  size = document.size
+  at = document.stop - int(size * held_out)
+  line = _line(dataclasses.replace(document, start=at))
+  if line is not None and line < document.stop:
+    at = line
+  elif at < document.stop:
     # Never inside a UTF-8 character.
-    while cut < size and content[cut] & 0xC0 == 0x80:
-      cut += 1
-  if not 0 < cut < size:
+    tail = next(dataclasses.replace(document, start=at).blocks())
+    at += len(tail) - len(tail.lstrip(_CONTINUATION))
+  if not document.start < at < document.stop:
     raise errors.UserError(
       f"data.path: the only file, {document.name}, has {size} bytes: too few "
       f"to hold out {held_out:g} of them"
     )
-  at = document.start + cut
   return (
     dataclasses.replace(document, stop=at),
     dataclasses.replace(document, start=at),
   )
+
+
+def _line(document: Document) -> int | None:
+  """Where the first whole line starts, if there is a line end at all."""
+  position = document.start
+  if document.size:
+    for block in document.blocks():
+      found = block.find(b"\n")
+      if found >= 0:
+        return position + found + 1
+      position += len(block)
+  return None
 
 
 def _is_library(name: str) -> bool:
@@ -255,51 +248,39 @@ def _is_library(name: str) -> bool:
   )
 
 
-def _walk(
-  root: pathlib.Path, wanted: Callable[[str], bool]
-) -> list[tuple[str, pathlib.Path]]:
-  def refuse(e: OSError):
-    raise errors.UserError(
-      f"data.path: cannot read {e.filename}: {e.strerror}"
-    ) from e
-
-  found = []
-  for folder, folders, files in os.walk(root, onerror=refuse):
-    folders[:] = [f for f in folders if not f.startswith(".")]
-    for file in files:
-      path = pathlib.Path(folder, file)
-      name = path.relative_to(root).as_posix()
-      if not file.startswith(".") and wanted(name) and path.is_file():
-        found.append((name, path))
-  return sorted(found)
-
-
-def _documents(
-  source: str, files: Sequence[tuple[str, pathlib.Path]], where: str
-) -> Documents:
+def _documents(source: str, found: files_lib.Found, where: str) -> Documents:
   documents, seen, binary, duplicates = [], set(), 0, 0
-  for name, path in files:
-    content = _read(path)
-    digest = hashlib.sha256(content).digest()
-    if b"\0" in content:
+  for name, path in found.files:
+    try:
+      size, digest = _measure(path)
+    except files_lib.DamagedError as e:
       binary += 1
+      found.leave_out(e.reason, name)
+      continue
+    if size is None:
+      binary += 1
+      found.leave_out("binary, with a NUL byte", name)
     elif digest in seen:
       duplicates += 1
-    elif content:
+    elif size:
       seen.add(digest)
-      documents.append(Document(name, path, 0, len(content), digest))
+      documents.append(Document(name, path, 0, size, digest))
   if not documents:
-    kind = "binary (they hold a NUL byte)" if binary else "empty"
+    count = len(found.files)
     raise errors.UserError(
-      f"data.path: no text in {where}: {len(files)} files, all {kind}"
+      f"data.path: no text in {where}: {count} file{'s' * (count != 1)}, "
+      f"{found.reasons() or 'all empty'}"
     )
+  found.report(where)
   return Documents(source, tuple(documents), binary, duplicates)
 
 
-def _read(path: pathlib.Path) -> bytes:
-  try:
-    return path.read_bytes()
-  except OSError as e:
-    raise errors.UserError(
-      f"data.path: cannot read {path}: {e.strerror}"
-    ) from e
+def _measure(path: pathlib.Path) -> tuple[int | None, bytes]:
+  """Bytes of a file's text, None if it is binary, and their SHA-256."""
+  size, digest = 0, hashlib.sha256()
+  for block in files_lib.blocks(path):
+    if b"\0" in block:
+      return None, b""
+    size += len(block)
+    digest.update(block)
+  return size, digest.digest()

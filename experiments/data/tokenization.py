@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -15,6 +17,7 @@ import tqdm
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from experiments import errors
+from experiments.data import pieces
 from jaxlib_ext import config as config_lib
 from jaxlib_ext import records
 
@@ -25,9 +28,7 @@ END = "<|endoftext|>"
 MIN_BPE, MAX_BPE = 257, 65535
 # Names under which well-known tokenizer files keep their end of a document.
 _ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
-_INVALID = re.compile("[\udc80-\udcff]+")
-_PIECE = 1 << 18
-_GROUP = 1 << 22
+_GROUP = 1 << 20
 
 
 class Tokenizer(Protocol):
@@ -51,6 +52,9 @@ class Tokenizer(Protocol):
   def encode_batch(self, contents: Sequence[bytes]) -> list[np.ndarray]:
     """`encode` of several documents, in parallel where that helps."""
 
+  def cut(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Cuts a document, in blocks, into parts that encode as the whole does."""
+
   def decode(self, ids: Any) -> str:
     """Text of ids `[tokens]`; invalid UTF-8 becomes U+FFFD."""
 
@@ -73,6 +77,10 @@ class Bytes:
   def encode_batch(self, contents: Sequence[bytes]) -> list[np.ndarray]:
     """`encode` of each."""
     return [self.encode(content) for content in contents]
+
+  def cut(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """The blocks themselves."""
+    return iter(blocks)
 
   def decode_bytes(self, ids: Any) -> bytes:
     """The inverse of `encode`."""
@@ -130,23 +138,29 @@ class Subwords:
     if self._bytes is None:
       split = [[c.decode("utf-8", errors="replace")] for c in contents]
     else:
-      split = [list(_pieces(c)) for c in contents]
+      split = [list(pieces.runs(c)) for c in contents]
     encoded = iter(
       self._tokenizer.encode_batch_fast(
-        [p for pieces in split for p in pieces if isinstance(p, str)],
+        [run for parts in split for run in parts if isinstance(run, str)],
         add_special_tokens=False,
       )
     )
     out = []
-    for pieces in split:
-      parts = [np.zeros(0, self.dtype)]
-      for piece in pieces:
-        if isinstance(piece, str):
-          parts.append(np.asarray(next(encoded).ids, self.dtype))
+    for parts in split:
+      ids = [np.zeros(0, self.dtype)]
+      for run in parts:
+        if isinstance(run, str):
+          ids.append(np.asarray(next(encoded).ids, self.dtype))
         else:
-          parts.append(self._bytes[np.frombuffer(piece, np.uint8)])
-      out.append(np.concatenate(parts))
+          ids.append(self._bytes[np.frombuffer(run, np.uint8)])
+      out.append(np.concatenate(ids))
     return out
+
+  def cut(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Parts of bounded size, or the whole if this is not byte-level."""
+    return (
+      iter([b"".join(blocks)]) if self._bytes is None else pieces.cut(blocks)
+    )
 
   def decode_bytes(self, ids: Any) -> bytes:
     """The bytes of ids `[tokens]`; special tokens spell their names.
@@ -246,25 +260,31 @@ def train(size: int, texts: Iterable[bytes]) -> Subwords:
   """Trains byte-level BPE; the same texts always give the same vocabulary.
 
   Id 0 ends a document and ids 1 to 256 are the bytes. A text too small for
-  `size` - 257 merges gives a smaller vocabulary.
+  `size` - 257 merges gives a smaller vocabulary. Words of more than
+  `pieces.WORD` bytes are trained on in pieces, and texts that have more
+  different words than `pieces.material` has room for only as far as there.
+  Shows progress on a terminal.
 
   Args:
     size: of the vocabulary.
     texts: documents; bytes that are not UTF-8 take no part in training.
   """
   tokenizer = hf.Tokenizer(models.BPE())
-  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  bounded = pre_tokenizers.Split(
+    hf.Regex(rf"[\s\S]{{1,{pieces.WORD}}}"), "isolated"
+  )
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, bounded])
   tokenizer.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
     vocab_size=size,
     special_tokens=[END],
     initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    show_progress=False,
+    show_progress=sys.stderr.isatty(),
   )
-  tokenizer.train_from_iterator(
-    (p for text in texts for p in _pieces(text) if isinstance(p, str)),
-    trainer=trainer,
-  )
+  tokenizer.train_from_iterator(pieces.material(texts), trainer=trainer)
+  # Encoding takes long words whole: its time does not grow with a square.
+  tokenizer.pre_tokenizer = words
   return Subwords(tokenizer, f"bpe:{size}")
 
 
@@ -288,19 +308,23 @@ def load(path: pathlib.Path, *, name: str | None = None) -> Tokenizer:
 
 
 def encode_documents(
-  tokenizer: Tokenizer, contents: Iterable[bytes], total: int, title: str
+  tokenizer: Tokenizer,
+  documents: Iterable[Iterable[bytes]],
+  total: int,
+  title: str,
 ) -> Iterator[np.ndarray]:
-  """Ids of documents, `eod` behind each, one array each.
+  """Ids of documents, `eod` behind each, in arrays of bounded size.
 
   Shows a progress bar on a terminal if it takes longer than two seconds.
 
   Args:
     tokenizer: encodes.
-    contents: the documents.
+    documents: each in blocks.
     total: their bytes, for the progress bar.
     title: of the progress bar.
   """
   end = [] if tokenizer.eod is None else [tokenizer.eod]
+  end = np.asarray(end, tokenizer.dtype)
   with tqdm.tqdm(
     total=total,
     desc=title,
@@ -310,52 +334,29 @@ def encode_documents(
     disable=None,
     leave=False,
   ) as bar:
-    for group in _groups(contents):
-      for ids in tokenizer.encode_batch(group):
-        yield np.append(ids, np.asarray(end, tokenizer.dtype))
-      bar.update(sum(map(len, group)))
+    for group in _groups(tokenizer, documents):
+      # None ends a document.
+      encoded = iter(
+        tokenizer.encode_batch([p for p in group if p is not None])
+      )
+      for part in group:
+        yield end if part is None else next(encoded)
+      bar.update(sum(len(part) for part in group if part is not None))
 
 
-def _groups(contents: Iterable[bytes]) -> Iterator[list[bytes]]:
+def _groups(
+  tokenizer: Tokenizer, documents: Iterable[Iterable[bytes]]
+) -> Iterator[list[bytes | None]]:
   group, size = [], 0
-  for content in contents:
-    group.append(content)
-    size += len(content)
-    if size >= _GROUP:
-      yield group
-      group, size = [], 0
+  for blocks in documents:
+    for part in itertools.chain(tokenizer.cut(blocks), [None]):
+      group.append(part)
+      size += 0 if part is None else len(part)
+      if size >= _GROUP:
+        yield group
+        group, size = [], 0
   if group:
     yield group
-
-
-def _pieces(content: bytes) -> Iterator[str | bytes]:
-  """Splits into valid text (str) and runs of invalid bytes (bytes).
-
-  Long text is cut behind single line ends, where the pre-tokenizer breaks in
-  any case, so that the tokens stay the same and pieces encode in parallel.
-  """
-  text = content.decode("utf-8", errors="surrogateescape")
-  start = 0
-  for match in _INVALID.finditer(text):
-    yield from _lines(text[start : match.start()])
-    yield match.group().encode("utf-8", errors="surrogateescape")
-    start = match.end()
-  yield from _lines(text[start:])
-
-
-_BREAK = re.compile(r"(?<=\S)\n(?=\S)")
-
-
-def _lines(text: str) -> Iterator[str]:
-  start = 0
-  while len(text) - start > _PIECE:
-    match = _BREAK.search(text, start + _PIECE)
-    if match is None:
-      break
-    yield text[start : match.end()]
-    start = match.end()
-  if start < len(text):
-    yield text[start:]
 
 
 def _byte_alphabet() -> list[str]:

@@ -131,6 +131,60 @@ def test_the_hash_of_anybodys_shards(tmp_path):
   assert len(hashes) == 3
 
 
+def llmc(magic: int, version: int, ids: np.ndarray) -> np.ndarray:
+  """llm.c's file as half-words: 256 words of header, then the ids."""
+  header = np.zeros(256, "<i4")
+  header[:3] = magic, version, len(ids)
+  return np.frombuffer(header.tobytes() + ids.tobytes(), "<u2")
+
+
+IDS = np.arange(1, 201, dtype=np.uint32)
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    IDS.astype("<u2"),
+    IDS.view("<u2"),
+    llmc(20240520, 1, IDS.astype("<u2")),
+    llmc(20240801, 7, IDS),
+  ],
+  ids=["uint16", "uint32", "llm.c GPT-2", "llm.c Llama-3"],
+)
+def test_bin_files_of_every_kind(tmp_path, content):
+  path = foreign(tmp_path / "s", a_bin=content)
+  corpus = data.load_corpus("shards", path)
+  read = np.concatenate([corpus.train[:], corpus.eval[:]])
+  np.testing.assert_array_equal(read, IDS)
+
+
+def test_wide_vocabularies_have_bin_files_of_uint32(tmp_path):
+  words = {f"w{i}": i for i in range(70000)}
+  tokenizer = hf.Tokenizer(models.WordLevel(words, unk_token="w0"))
+  tokenizer.save(str(tmp_path / "wide.json"))
+  ids = np.asarray([69999, 65536, 3] * 9, "<u4")
+  path = foreign(tmp_path / "s", a_bin=ids.view("<u2"))
+  where = str(tmp_path / "wide.json")
+  corpus = data.load_corpus("shards", path, tokenizer=where)
+  assert corpus.train[:3].tolist() == [69999, 65536, 3]
+
+
+def test_a_file_with_a_hole_is_refused_at_once(tmp_path):
+  with open(tmp_path / "a.bin", "wb") as f:
+    f.write(b"\1\0" * 4096)
+    f.truncate(1 << 42)
+  with pytest.raises(errors.UserError, match="a hole at byte"):
+    data.load_corpus("shards", str(tmp_path))
+
+
+def test_other_files_beside_shards_are_named(tmp_path, capsys):
+  path = foreign(tmp_path / "s", a_bin=u2(1, 2), b_bin=u2(3))
+  (tmp_path / "s" / "c.bin.gz").write_bytes(b"")
+  data.load_corpus("shards", path)
+  line = capsys.readouterr().err
+  assert line.count("\n") == 1 and "c.bin.gz" in line
+
+
 LLMC = np.frombuffer(np.int32([20240520, 1, 9]).tobytes(), np.uint16)
 
 
@@ -145,7 +199,10 @@ LLMC = np.frombuffer(np.int32([20240520, 1, 9]).tobytes(), np.uint16)
     ({"a_npy": u2(), "b_npy": u2(1)}, "bytes", ["no tokens"]),
     ({"val1_npy": u2(1), "val2_npy": u2(1)}, "bytes", ["all 2 shards"]),
     ({"a_bin": u2(1), "b_bin": u2(1)}, "bpe:300", ["bpe:300", "meta.json"]),
-    ({"a_bin": LLMC}, "bytes", ["header"]),
+    ({"a_bin": LLMC}, "bytes", ["header", "cut short"]),
+    ({"a_bin": llmc(20240520, 7, u2(1, 2))}, "bytes", ["version 7"]),
+    ({"a_bin": llmc(20240801, 7, u2(1))}, "bytes", ["1 ids of uint32"]),
+    ({"a_bin": llmc(20240522, 1, u2(1, 2))}, "bytes", ["multiple-choice"]),
   ],
 )
 def test_bad_shards(tmp_path, files, tokenizer, words):
@@ -175,7 +232,9 @@ def test_damaged_shards(tmp_path, name, content, words):
   assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("damage", ["short", "gone", "meta", "format", "id"])
+@pytest.mark.parametrize(
+  "damage", ["short", "gone", "meta", "format", "id", "out"]
+)
 def test_damaged_directories(text, tmp_path, damage):
   output = tmp_path / "shards"
   shards.write(data.load_corpus("files", text), output)
@@ -188,6 +247,8 @@ def test_damaged_directories(text, tmp_path, damage):
     meta.write_text("{")
   elif damage == "format":
     meta.write_text(json.dumps({**json.loads(meta.read_text()), "format": 9}))
+  elif damage == "out":
+    meta.write_text(meta.read_text().replace("train_00000", "../s/train_00000"))
   else:
     shard.write_bytes(shard.read_bytes()[:-2] + u2(999).tobytes())
   with pytest.raises(errors.UserError) as e:

@@ -1,5 +1,7 @@
 """Sources: what is read, what is held out, what the hash sees."""
 
+import gzip
+import os
 import pathlib
 import re
 import sysconfig
@@ -7,7 +9,7 @@ import sysconfig
 import pytest
 
 from experiments import data, errors
-from experiments.data import sources
+from experiments.data import files, sources
 
 
 def write(root: pathlib.Path, files: dict[str, bytes]) -> pathlib.Path:
@@ -73,13 +75,13 @@ def test_a_link_to_nothing_is_no_file(tmp_path):
 
 def test_a_glob_names_files_relative_to_its_fixed_part(tmp_path):
   write(tmp_path, {"x/a.txt": b"a", "x/y/b.txt": b"b", "x/c.md": b"c"})
-  found = sources.find_files(f"{tmp_path}/x/**/*.txt")
+  found = files.find(f"{tmp_path}/x/**/*.txt").files
   assert [name for name, _ in found] == ["a.txt", "y/b.txt"]
 
 
 def test_a_path_with_brackets_that_exists_is_no_glob(tmp_path):
   write(tmp_path, {"a[1].txt": b"a"})
-  found = sources.find_files(str(tmp_path / "a[1].txt"))
+  found = files.find(str(tmp_path / "a[1].txt")).files
   assert [name for name, _ in found] == ["a[1].txt"]
 
 
@@ -190,3 +192,92 @@ def test_held_out_is_a_share(tmp_path):
   write(tmp_path, numbered(3, 40))
   with pytest.raises(errors.UserError, match="data.held_out: got 1.5"):
     data.load_corpus("files", str(tmp_path), held_out=1.5)
+
+
+TEXT = "größe 日本語 🙂\n" * 9
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    gzip.compress(TEXT.encode()),
+    TEXT.encode("utf-16"),
+    b"\xfe\xff" + TEXT.encode("utf-16-be"),
+    TEXT.encode("utf-32"),
+    gzip.compress(TEXT.encode("utf-16")),
+  ],
+)
+@pytest.mark.parametrize("block", [7, 1 << 20])
+def test_packed_and_wide_text_is_read(tmp_path, monkeypatch, content, block):
+  monkeypatch.setattr(files, "BLOCK", block)
+  path = tmp_path / "a.txt"
+  path.write_bytes(content)
+  (document,) = sources.load_documents("files", str(path)).documents
+  assert document.read().decode() == TEXT
+  (head,), (tail,), _ = sources.split([document], 0.3)
+  assert (head.read() + tail.read()).decode() == TEXT
+  assert head.read().endswith(b"\n")
+
+
+def test_what_is_left_out_is_named(tmp_path, capsys):
+  write(
+    tmp_path,
+    {
+      "a.txt": b"text",
+      "b.gz": gzip.compress(b"text" * 99)[:-9],
+      "c.bin": b"\0",
+      "d.txt": b"\xff\xfe\x00\xd8a",
+      "empty": b"",
+    },
+  )
+  os.mkfifo(tmp_path / "fifo")
+  (tmp_path / "gone").symlink_to("nowhere")
+  (tmp_path / "self").symlink_to("self")
+  found = sources.load_documents("files", str(tmp_path))
+  assert names(found.documents) == ["a.txt"] and found.binary == 3
+  line = capsys.readouterr().err
+  assert line.count("\n") == 1
+  for word in ("b.gz", "c.bin", "d.txt", "fifo", "gone", "self", "a FIFO"):
+    assert word in line
+  assert "empty" not in line
+
+
+def test_linked_directories_are_read_once(tmp_path, capsys):
+  corpus = write(tmp_path / "corpus", {"z/own.txt": b"own"})
+  write(tmp_path / "other", {"deep/far.txt": b"far"})
+  (corpus / "a").symlink_to(tmp_path / "other")
+  (corpus / "b").symlink_to(corpus / "z")
+  (corpus / "z" / "loop").symlink_to(corpus)
+  (tmp_path / "other" / "back").symlink_to(corpus)
+  found = sources.load_documents("files", str(corpus))
+  assert names(found.documents) == ["a/deep/far.txt", "z/own.txt"]
+  assert (found.duplicates, capsys.readouterr().err) == (0, "")
+
+
+def test_a_hole_ends_the_reading(tmp_path):
+  with open(tmp_path / "a", "wb") as f:
+    f.write(b"text")
+    f.truncate(1 << 40)
+  with pytest.raises(errors.UserError, match="1 binary"):
+    sources.load_documents("files", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ("path", "word"),
+  [
+    ("/dev/zero", "a device"),
+    ("{}/fifo", "a FIFO"),
+    ("{}/f*", "a FIFO"),
+    ("{}/a\0b", "NUL"),
+    ("~nobody-of-this-name/x", "home directory"),
+    ("{}/" + "x" * 5000, "too long"),
+    ("{}/self", "symbolic links"),
+  ],
+)
+@pytest.mark.parametrize("source", ["files", "shards"])
+def test_paths_that_are_no_files(tmp_path, source, path, word):
+  os.mkfifo(tmp_path / "fifo")
+  (tmp_path / "self").symlink_to("self")
+  with pytest.raises(errors.UserError) as e:
+    data.load_corpus(source, path.format(tmp_path))
+  assert word in str(e.value) and "\n" not in str(e.value)

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import tokenizers as hf
 from tokenizers import models, pre_tokenizers, processors
 
 from experiments import data, errors
-from experiments.data import tokenization
+from experiments.data import pieces, tokenization
 
 TEXT = [
   b"def f(x):\n  return x + 1\n\n\nclass A:\n  pass\n" * 20,
@@ -78,8 +79,8 @@ def test_size(bpe):
 def test_long_documents_are_cut_where_tokens_end(bpe, monkeypatch):
   content = b"".join(TEXT) * 3
   whole = bpe.encode(content)
-  monkeypatch.setattr(tokenization, "_PIECE", 50)
-  assert len(list(tokenization._pieces(content))) > 10
+  monkeypatch.setattr(pieces, "PIECE", 50)
+  assert len(list(pieces.runs(content))) > 10
   np.testing.assert_array_equal(bpe.encode(content), whole)
 
 
@@ -91,7 +92,9 @@ def test_batches_encode_like_single_documents(bpe):
 
 def test_every_document_is_ended(bpe):
   for tokenizer in (tokenization.Bytes(), bpe):
-    parts = tokenization.encode_documents(tokenizer, [b"ab", b"c"], 3, "")
+    parts = tokenization.encode_documents(
+      tokenizer, [[b"a", b"b"], [b"c"]], 3, ""
+    )
     expected = [*tokenizer.encode(b"ab"), 0, *tokenizer.encode(b"c"), 0]
     assert np.concatenate(list(parts)).tolist() == expected
 
@@ -210,3 +213,46 @@ def test_only_training_files_train_the_tokenizer(tmp_path):
   assert b"xylo" in corpus.read_eval()
   assert len(corpus.tokenizer.encode(b"xylophonically")) > 10
   assert len(corpus.tokenizer.encode(b" common")) == 1
+
+
+@pytest.mark.parametrize("alphabet", ["ACGT", "abcdefghijklmnopqrstuvwxyz"])
+def test_words_without_end_train_in_seconds(alphabet):
+  """1 MiB without white space; without bounds it takes an hour."""
+  letters = np.frombuffer(alphabet.encode(), np.uint8)
+  text = np.random.default_rng(0).choice(letters, 1 << 20).tobytes()
+  start = time.process_time()
+  tokenizer = tokenization.train(600, [text])
+  assert time.process_time() - start < 60
+  assert tokenizer.vocab_size == 600
+  ids = tokenizer.encode(text)
+  assert tokenizer.decode_bytes(ids) == text and len(ids) < len(text) / 1.5
+
+
+def test_long_words_are_bounded_in_training_alone(tmp_path):
+  tokenizer = tokenization.train(300, [b"a" * 10000])
+  longest = max(
+    len(t) for t in tokenizer._tokenizer.get_vocab() if "|" not in t
+  )
+  assert longest == pieces.WORD
+  tokenizer.save(tmp_path / "t.json")
+  assert '"Split"' not in (tmp_path / "t.json").read_text()
+
+
+def test_training_ends_where_its_words_fill_the_room(monkeypatch):
+  texts = [b"first words " * 9, b"second words", b"third"]
+  assert list(pieces.material(texts)) == [t.decode() for t in texts]
+  monkeypatch.setattr(pieces, "ROOM", 900)
+  assert list(pieces.material(texts)) == [t.decode() for t in texts[:2]]
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_blocks_of_any_size_make_the_same_tokens(bpe, monkeypatch, size):
+  monkeypatch.setattr(pieces, "PIECE", 40)
+  content = b"".join(TEXT) + b"ab1c2" * 300 + b"\xff\xe6\x97" + b"\xf0\x9f" * 99
+  blocks = [content[i : i + size] for i in range(0, len(content), size)]
+  parts = list(pieces.cut(blocks))
+  assert b"".join(parts) == content
+  assert max(len(p.decode(errors="replace")) for p in parts) <= 80
+  monkeypatch.undo()
+  ids = np.concatenate(bpe.encode_batch(parts))
+  np.testing.assert_array_equal(ids, bpe.encode(content))
