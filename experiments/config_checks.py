@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from experiments import errors, optimizers
@@ -13,6 +13,12 @@ from models import transformer
 
 # The largest whole number of a run: steps and positions are 32-bit integers.
 MOST = 2**31 - 1
+
+# Layers that are not scanned are compiled one by one, most of a second each.
+_MOST_UNROLLED = 1024
+
+# Fields of a model that are compared with 32-bit positions.
+_POSITIONS = ("window", "sink", "context")
 
 # The mixers that read a field of the model.
 _MIXERS_OF = {
@@ -150,6 +156,54 @@ def training(fields: Any) -> None:
     bound(f"training.{field}", getattr(fields, field), 0, MOST)
   # JAX's keys take 32 bits: a larger seed would repeat a smaller one's run.
   bound("training.seed", fields.seed, 0, 2**32 - 1)
+
+
+def model(fields: Mapping[str, Any]) -> None:
+  """Refuses whole numbers of a model that no array's size can be.
+
+  Args:
+    fields: by name.
+
+  Raises:
+    UserError: naming the field.
+  """
+  for name, value in fields.items():
+    for number in value if isinstance(value, tuple) else (value,):
+      if type(number) is int:
+        most = MOST if name in _POSITIONS else 2**63 - 1
+        bound(f"model.{name}", number, -most, most)
+
+
+def unrolled(cfg: Any) -> None:
+  """Refuses layers that would not be compiled in a day.
+
+  Args:
+    cfg: a model with `num_layers` and `scan_layers`.
+
+  Raises:
+    UserError: with the remedy.
+  """
+  if not cfg.scan_layers and cfg.num_layers > _MOST_UNROLLED:
+    raise errors.UserError(
+      f"model.num_layers: got {cfg.num_layers}; allowed: at most "
+      f"{_MOST_UNROLLED} with model.scan_layers=False, for each is compiled; "
+      "set model.scan_layers=True"
+    )
+
+
+def block_size(cfg: transformer.Config, length: int) -> None:
+  """Refuses blocks that are longer than the sequences, which are padded.
+
+  Args:
+    cfg: the model.
+    length: of the sequences; blocks of the default size are never refused.
+
+  Raises:
+    UserError: with the largest size.
+  """
+  most = max(length, model_config.Config.block_size)
+  if set(cfg.pattern) & set(_MIXERS_OF["block_size"]):
+    bound("model.block_size", cfg.block_size, 1, most)
 
 
 def optimizer(fields: Any) -> None:

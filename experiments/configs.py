@@ -376,6 +376,7 @@ def _checked(config: Config) -> Config:
   if stored is None:
     stored = optimizers.stored_format(config.optimizer.name)
   quantization.Format.parse(stored)
+  config_checks.model(config.model.fields)
   config.model.build(vocab_size=256)
   optimizer = optimizers.with_defaults(config.optimizer)
   config_checks.optimizer(optimizer)

@@ -56,10 +56,14 @@ class Run:
     self.main = jax.process_index() == 0
     self.metrics_path = workdir / "metrics.jsonl"
     mesh = self._mesh()
+    # Before anything is read or written, and again with the data's vocabulary.
+    trainer.check_sizes(config, config.model.build(vocab_size=1), mesh)
     self._claim()
     self.corpus = self._load_corpus()
     cfg = self._model_config()
+    trainer.check_sizes(config, cfg, mesh)
     self.trainer = trainer.Trainer(config, cfg, mesh)
+    self.trainer.check_memory()
     self._write_config(cfg)
 
   def _mesh(self) -> jax.sharding.Mesh:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -296,15 +297,23 @@ def build(
     kwargs["seed"] = seed
   if "mask" in parameters:
     kwargs["mask"] = _decayed
-  try:
+  with refusals(name):
     if name not in _OWN:
       _check_arguments(kwargs)
     tx = FACTORIES[name](rate, weight_decay=optimizer.weight_decay, **kwargs)
-  except (TypeError, ValueError) as e:
-    raise errors.UserError(f"optimizer.name={name}: {e}") from e
   if optimizer.clip_norm:
     tx = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), tx)
   return tx
+
+
+@contextlib.contextmanager
+def refusals(name: str) -> Iterator[None]:
+  """Turns what an optimizer refuses, such as a rank, into a `UserError`."""
+  try:
+    yield
+  except (TypeError, ValueError) as e:
+    line = str(e).splitlines()[0]
+    raise errors.UserError(f"optimizer.name={name}: {line}") from e
 
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:

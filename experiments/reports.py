@@ -56,10 +56,12 @@ def progress(total: int, done: int, visible: bool) -> tqdm.tqdm:
 
 def bytes_text(count: float) -> str:
   """`1536` → `"1.5 KiB"`."""
+  if count >= 1024**7:  # Such a number is not divided as a float.
+    return f"10^{math.floor(math.log10(count))} B"
   power = 0
-  while abs(count) >= 1024 and power < 4:
+  while abs(count) >= 1024 and power < 6:
     count, power = count / 1024, power + 1
-  unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
+  unit = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")[power]
   return f"{count:.1f} {unit}" if power else f"{count:.0f} {unit}"
 
 

@@ -16,7 +16,13 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import optim
-from experiments import configs, device_memory, errors, optimizers
+from experiments import (
+  config_checks,
+  configs,
+  device_memory,
+  errors,
+  optimizers,
+)
 from jaxlib_ext import quantization, sharding, specs
 from models import flops, transformer
 
@@ -33,6 +39,43 @@ class TrainState(NamedTuple):
   step: jax.Array
   params: Any
   opt_state: Any
+
+
+def check_sizes(
+  config: configs.Config, cfg: transformer.Config, mesh: jax.sharding.Mesh
+) -> None:
+  """Refuses a model or a batch that no device has the memory for.
+
+  From shapes alone, in milliseconds; the optimizer's state is not counted
+  (`Trainer.check_memory` does).
+
+  Args:
+    config: of the run.
+    cfg: its model, with any vocabulary that it has at least.
+    mesh: the devices.
+
+  Raises:
+    UserError: naming what is needed and what there is.
+  """
+  config_checks.unrolled(cfg)
+  config_checks.block_size(cfg, config.training.seq_len)
+  name, training = config.optimizer.name, config.training
+  bits = 64
+  if optimizers.quantized(name):
+    bits = quantization.Format.parse(config.quantization.format).bits
+  rows = training.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+  wide = jnp.dtype(cfg.compute_dtype).itemsize
+  # The input of each layer is kept for the backward pass, and a slice of the
+  # logits has a position of each row at least.
+  kept = 1 if optimizers.needs_loss(name) else cfg.num_layers
+  tokens = rows * (training.seq_len + 1)
+  device_memory.check_model(
+    transformer.param_specs(cfg),
+    mesh,
+    activations=tokens * (4 + kept * cfg.d_model * wide)
+    + 4 * rows * cfg.vocab_size // mesh.shape["tensor"],
+    most_bits=bits,
+  )
 
 
 class Trainer:
@@ -82,8 +125,7 @@ class Trainer:
     except ValueError as e:
       raise errors.UserError(f"mesh: {e}") from e
     self.num_params = specs.count(tree)
-    self.shardings = self._state_shardings()
-    self._try_optimizer()
+    self.shardings = self._try_optimizer()
 
   def _init(self) -> TrainState:
     key = jax.random.key(self.config.training.seed)
@@ -105,20 +147,22 @@ class Trainer:
       sharding.state_shardings(self.tx, params, self._weights),
     )
 
-  def _try_optimizer(self) -> None:
-    """Has the optimizer refuse its arguments before anything is computed."""
-    state = self.target
-    grads = jax.eval_shape(quantization.dequantize_tree, state.params)
+  def _try_optimizer(self) -> TrainState:
+    """Has the optimizer refuse its arguments before anything is computed.
+
+    Returns:
+      The shardings of the state.
+    """
     update = self.tx.update
     if self._by_value:
       value = lambda params: jnp.zeros((), jnp.float32)
       update = functools.partial(update, value_fn=value)
-    try:
+    with optimizers.refusals(self.config.optimizer.name):
+      shardings = self._state_shardings()
+      state = jax.eval_shape(self._init)
+      grads = jax.eval_shape(quantization.dequantize_tree, state.params)
       jax.eval_shape(update, grads, state.opt_state, state.params)
-    except (TypeError, ValueError) as e:
-      line = str(e).splitlines()[0]
-      name = self.config.optimizer.name
-      raise errors.UserError(f"optimizer.name={name}: {line}") from e
+    return shardings
 
   @functools.cached_property
   def target(self) -> TrainState:
@@ -234,6 +278,18 @@ class Trainer:
   def state_bytes(self) -> dict[str, float]:
     """Bytes of parameters and optimizer state on each device."""
     return optim.state_bytes(self.tx, self.target.params)
+
+  def check_memory(self) -> None:
+    """Refuses a state that no device has the memory for.
+
+    Raises:
+      UserError: naming what is needed and what there is.
+    """
+    size = self.state_bytes()
+    device_memory.check(
+      {"parameters": size["params"], "optimizer state": size["state"]},
+      self.mesh,
+    )
 
   def planned_bytes(self) -> int:
     """What the compiled step will hold on each device."""

@@ -149,7 +149,9 @@ def check(value: Any, kind: Any, where: str) -> Any:
   if origin is tuple or kind is tuple:
     parsed = literal(value)
     if isinstance(parsed, str):
-      parsed = [v for v in parsed.split(",") if v]
+      parsed = [v.strip() for v in parsed.split(",")] if parsed else []
+      if not all(parsed):
+        raise ConfigError(f"{where}: got {value!r}, with an empty entry")
     if not isinstance(parsed, tuple | list):
       parsed = [parsed]
     inner = args[0] if args else Any

@@ -120,6 +120,18 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
   return jax.tree_util.tree_map_with_path(one, tree, is_leaf=specs.is_spec)
 
 
+def parts(
+  axes: Sequence[str | None], mesh: Mesh, rules: Rules | None = None
+) -> int:
+  """Counts the pieces that an array with these logical axes is divided into.
+
+  Raises:
+    ValueError: as `Rules.spec`.
+  """
+  spec = (rules or Rules()).spec(axes, mesh)
+  return math.prod(_parts(entry, mesh) for entry in spec)
+
+
 def _parts(entry: MeshAxes, mesh: Mesh) -> int:
   names = (entry,) if isinstance(entry, str) else tuple(entry or ())
   return math.prod(mesh.shape[n] for n in names)

@@ -266,9 +266,11 @@ class Config:
   def pattern(self) -> tuple[str, ...]:
     """The mixers of one period, of a single name where all layers agree."""
     used = self.mixers[: self.num_layers]
-    windows = {
-      self.window_at(i) for i, name in enumerate(used) if name == "window"
-    }
+    windows = set()
+    if len(self.window) > 1:  # Not written out where there is one, of any H.
+      windows = {
+        self.window_at(i) for i, name in enumerate(used) if name == "window"
+      }
     same = len(set(used)) == 1 and len(windows) <= 1
     return used[:1] if same else used
 
@@ -282,13 +284,13 @@ class Config:
 
   def layers_at(self, position: int) -> int:
     """How many of the L layers stand at a position of the pattern."""
-    return len(range(position, self.num_layers, len(self.pattern)))
+    return -(-(self.num_layers - position) // len(self.pattern))
 
 
 def _names(mixers: Any) -> Any:
   """The pattern as a tuple, from what JSON or a command line make of one."""
   if isinstance(mixers, str):
-    return tuple(name.strip() for name in mixers.split(",") if name.strip())
+    return tuple(name.strip() for name in mixers.split(","))
   return tuple(mixers) if isinstance(mixers, list) else mixers
 
 

@@ -257,7 +257,14 @@ RULES: dict[str, Number | Flag | Fallback | Inner] = {
     static=True,
   ),
   **dict.fromkeys(("density", "fraction"), _SHARE),
-  **dict.fromkeys(("num_samples", "ns_steps"), _count(1, static=True)),
+  "num_samples": _count(1, static=True),
+  # Each is compiled.
+  "ns_steps": Number(
+    allowed="a whole number from 1 to 1000",
+    holds=lambda x: 1 <= x <= 1000,
+    whole=True,
+    static=True,
+  ),
   # Counts.
   **dict.fromkeys(("update_interval", "iterations"), _count(1)),
   **dict.fromkeys(("reset_every", "warmup", "grace"), _count(0)),

@@ -250,6 +250,7 @@ def _checked(config: Config) -> Config:
     raise errors.UserError(
       f"--data: data.source={data.source} needs a path (or data.path)"
     )
+  config_checks.model(config.model)
   cfg = config.build(num_classes=1)
   tokens = cfg.num_tokens * (1 + cfg.context)
   _check(

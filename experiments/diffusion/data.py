@@ -11,15 +11,16 @@ import glob
 import hashlib
 import io
 import lzma
+import math
 import pathlib
 import tarfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from experiments import data, errors
+from experiments import data, device_memory, errors
 from experiments.diffusion import configs
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -172,6 +173,7 @@ def _read_images(settings, input_shape):
   number = {name: i for i, name in enumerate(classes)}
   labels = np.array([number[f.name] for f in folders], np.int32)
   size = (input_shape[1], input_shape[0])
+  _check_room(len(files), input_shape)
   x = np.stack([_decode(name, file, size) for name, file in files])
   test = np.array(["test" in folder.parts for folder in folders])
   if not test.any():
@@ -181,6 +183,16 @@ def _read_images(settings, input_shape):
       f"data.path: {len(files)} images leave none to train on or to hold out"
     )
   return Images(x[~test], labels[~test]), Images(x[test], labels[test]), classes
+
+
+def _check_room(count, input_shape):
+  """Refuses examples that memory has no room for."""
+  needed, room = count * math.prod(input_shape), device_memory.host_bytes()
+  if room and needed > room:
+    raise errors.UserError(
+      f"model.input_shape: {count} examples of {input_shape} take {needed} "
+      f"bytes, more than the {room} of memory; set a smaller data.limit"
+    )
 
 
 def _spread(count, share):
@@ -219,10 +231,23 @@ def _tar_members(path):
       return {
         member.name: io.BytesIO(archive.extractfile(member).read())
         for member in archive
-        if member.isfile()
+        if member.isfile() and _fits(member, path)
       }
   except (tarfile.TarError, EOFError, lzma.LZMAError) as e:
     raise errors.UserError(f"data.path: cannot read {path}: {e}") from e
+
+
+def _fits(member, path):
+  """Whether to read it; what memory has no room for is refused."""
+  if not member.name.lower().endswith(SUFFIXES):
+    return False
+  room = device_memory.host_bytes()
+  if room and member.size > room:
+    raise errors.UserError(
+      f"data.path: {member.name} in {path} has {member.size} bytes, more than "
+      f"the {room} of memory"
+    )
+  return True
 
 
 def _decode(name, file, size):
@@ -232,7 +257,7 @@ def _decode(name, file, size):
       if image.size != size:
         image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
       return np.asarray(image)
-  except (UnidentifiedImageError, OSError) as e:
+  except (Image.DecompressionBombError, OSError) as e:
     raise errors.UserError(f"data.path: cannot read {name}: {e}") from e
 
 
@@ -279,6 +304,7 @@ def _decode_video(path, downscale):
 def _draw(settings, input_shape):
   """Discs and squares that move in front of a slope of two colours."""
   count = settings.limit or 256
+  _check_room(count, input_shape)
   rng = np.random.default_rng(0)
   *frames, height, width, _ = input_shape
   t = np.arange(frames[0] if frames else 1).reshape(-1, 1, 1)

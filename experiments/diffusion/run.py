@@ -37,12 +37,16 @@ class Run(loop.Run):
     self.main = True
     self.metrics_path = workdir / "metrics.jsonl"
     shape = config.build(num_classes=1).input_shape
+    # Before anything is read or written, and again with the data's classes.
+    trainer.check_sizes(config, config.build(num_classes=1))
     self._claim()
     self.corpus = data_lib.load(config.data, shape)
     if self.stored:
       stored_lib.check_corpus(self.stored["corpus"]["hash"], self.corpus.hash)
     cfg = config.build(len(self.corpus.classes))
+    trainer.check_sizes(config, cfg)
     self.trainer = trainer.Trainer(config, cfg)
+    self.trainer.check_memory()
     self._write_config(cfg)
 
   def _batches(self) -> Callable[[int], data_lib.Batch]:

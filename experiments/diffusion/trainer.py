@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 import optim
-from experiments import device_memory, optimizers
+from experiments import config_checks, device_memory, optimizers
 from experiments.diffusion import configs
 from experiments.diffusion import data as data_lib
 from jaxlib_ext import sharding, specs
@@ -59,6 +59,37 @@ def grey(x: jax.Array) -> jax.Array:
   return jnp.broadcast_to((x @ jnp.asarray(_LUMA))[..., None], x.shape)
 
 
+def check_sizes(config: configs.Config, cfg: dit.Config) -> None:
+  """Refuses a model, an image or a batch that there is no memory for.
+
+  From shapes alone; the optimizer's state is not counted
+  (`Trainer.check_memory` does).
+
+  Args:
+    config: of the run.
+    cfg: its model, for any number of classes.
+
+  Raises:
+    UserError: naming what is needed and what there is.
+  """
+  config_checks.unrolled(cfg)
+  rows = max(config.training.batch_size, config.samples.count)
+  wide = jnp.dtype(cfg.compute_dtype).itemsize
+  tokens = cfg.num_tokens * (1 + cfg.context)
+  device_memory.check_model(
+    dit.param_specs(cfg),
+    _mesh(),
+    # An example in float32 and the input of each layer, once at least.
+    activations=4 * rows * math.prod(cfg.input_shape)
+    + config.training.batch_size * tokens * cfg.num_layers * cfg.d_model * wide,
+    copies=2,
+  )
+
+
+def _mesh() -> jax.sharding.Mesh:
+  return sharding.make_mesh({"data": 1})
+
+
 class Trainer:
   """One model and one optimizer.
 
@@ -70,7 +101,7 @@ class Trainer:
   def __init__(self, config: configs.Config, cfg: dit.Config):
     training = config.training
     self.config, self.cfg = config, cfg
-    self.mesh = sharding.make_mesh({"data": 1})
+    self.mesh = _mesh()
     self._where = jax.sharding.SingleDeviceSharding(self.mesh.devices.flat[0])
     self.tx = optimizers.build(
       config.optimizer, training.steps, training.warmup_steps, training.seed
@@ -86,9 +117,26 @@ class Trainer:
   @functools.cached_property
   def target(self) -> TrainState:
     """The state as `jax.ShapeDtypeStruct`s with their sharding."""
+    with optimizers.refusals(self.config.optimizer.name):
+      state = jax.eval_shape(self._init)
     return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._where),
-      jax.eval_shape(self._init),
+      state,
+    )
+
+  def check_memory(self) -> None:
+    """Refuses a state that there is no memory for.
+
+    Raises:
+      UserError: naming what is needed and what there is.
+    """
+    size = optim.state_bytes(self.tx, self.target.params)
+    device_memory.check(
+      {
+        "parameters and their mean": 2 * size["params"],
+        "optimizer state": size["state"],
+      },
+      self.mesh,
     )
 
   def init(self) -> TrainState:

@@ -118,18 +118,28 @@ def _max_magnitude(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
   return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def _block(length: int, fmt: Format) -> int:
+  """The elements of a group; no more than there are, though the name says so.
+
+  One group holds all of an axis that is shorter than a block. Padding it to
+  the block would take memory for nothing.
+  """
+  return min(fmt.block, max(length, 1))
+
+
 def _group_max(x: jax.Array, fmt: Format) -> jax.Array:
   """The largest magnitude of each group: x's shape -> the scales' shape."""
   axis = _axis(x.shape)
   if fmt.block is None:
     return _max_magnitude(x, axis)
   length = x.shape[axis]
-  groups = -(-length // fmt.block)
-  if groups * fmt.block != length:
+  block = _block(length, fmt)
+  groups = -(-length // block)
+  if groups * block != length:
     pad = [(0, 0)] * x.ndim
-    pad[axis] = (0, groups * fmt.block - length)
+    pad[axis] = (0, groups * block - length)
     x = jnp.pad(x, pad)
-  shape = x.shape[:axis] + (groups, fmt.block) + x.shape[axis + 1 :]
+  shape = x.shape[:axis] + (groups, block) + x.shape[axis + 1 :]
   return jnp.squeeze(_max_magnitude(x.reshape(shape), axis + 1), axis + 1)
 
 
@@ -140,10 +150,10 @@ def _expand(
   if fmt.block is None:
     return scales
   axis = _axis(shape)
-  groups = scales.shape[axis]
-  wide = scales.shape[: axis + 1] + (fmt.block,) + scales.shape[axis + 1 :]
+  groups, block = scales.shape[axis], _block(shape[axis], fmt)
+  wide = scales.shape[: axis + 1] + (block,) + scales.shape[axis + 1 :]
   x = jnp.broadcast_to(jnp.expand_dims(scales, axis + 1), wide)
-  flat = shape[:axis] + (groups * fmt.block,) + shape[axis + 1 :]
+  flat = shape[:axis] + (groups * block,) + shape[axis + 1 :]
   return jax.lax.slice_in_dim(x.reshape(flat), 0, shape[axis], axis=axis)
 
 

@@ -4,10 +4,11 @@ import dataclasses
 import resource
 import subprocess
 import sys
+import time
 
 import pytest
 
-from experiments import configs, errors, stored
+from experiments import configs, device_memory, errors, loop, stored
 from experiments.diffusion import configs as dit_configs
 from jaxlib_ext import config as config_lib
 from tests.experiments import runs
@@ -45,6 +46,14 @@ REFUSED = {
   "optimizer.name=sgd optimizer.momentum=-1": ["sgd", "momentum", "-1"],
   "optimizer.name=muon optimizer.momentum=1": ["muon", "momentum", "1"],
   "model.num_heads=5": ["num_heads", "d_model"],
+  "model.mixers=full,,mdn": ["model.mixers", "'full,,mdn'", "empty"],
+  "model.mixers=,": ["model.mixers", "','", "empty"],
+  "model.mixers=full,": ["model.mixers", "'full,'", "empty"],
+  "model.mixers=": ["mixers", "at least one name"],
+  # Sizes that no memory and no compiler has room for.
+  "model.d_model=1" + "0" * 400: ["model.d_model", "9223372036854775807"],
+  "model.mixers=window model.window=99999999999": ["model.window"],
+  "optimizer.name=muon optimizer.ns_steps=1000000000": ["ns_steps", "1000"],
   # Without effect.
   "data.path=/x": ["data.path", "data.source=files"],
   "quantization.format=int4": ["quantization.format", "adamw", "eco"],
@@ -127,6 +136,78 @@ def test_runs(tmp_path, corpus, override, words):
   for word in words:
     assert word in str(e.value), e.value
   assert "\n" not in str(e.value)
+
+
+NINE = "1000000000"
+
+
+@pytest.mark.parametrize(
+  ("overrides", "words"),
+  [
+    # Two layers, three matrices of 32 x 10^12 float32 each.
+    (f"model.d_ff={NINE}000", ["698.5 TiB", "layers/down", NINE + "000"]),
+    # 10,080 parameters a layer.
+    (f"model.num_layers={NINE}", ["parameters 37.5 TiB"]),
+    (f"model.num_layers={NINE} model.scan_layers=False", ["model.num_layers"]),
+    ("model.num_layers=1025 model.scan_layers=False", ["1025", "scan_layers"]),
+    # The embedding and the head.
+    (f"model.vocab_size={NINE}", ["parameters 238.4 GiB", "embed"]),
+    ("model.d_model=1" + "0" * 18, ["10^37 B"]),
+    (f"model.num_heads={NINE} model.head_dim=2", ["parameters 1.9 TiB"]),
+    (
+      f"model.num_heads={NINE} model.head_dim=2 model.mixers=window,full",
+      ["parameters 1.9 TiB"],
+    ),
+    (f"model.linear_heads={NINE} model.mixers=mdn", ["parameters 21.0 TiB"]),
+    (f"training.batch_size={NINE}", ["parameters 80.9 KiB", "activations"]),
+    ("training.seq_len=2147483647", ["activations 4.1 TiB"]),
+    (
+      f"model.num_layers={NINE} optimizer.name=eco",
+      ["parameters 4.7 TiB"],  # Codes of 4 bits.
+    ),
+    (f"model.mixers=window model.block_size={NINE}", ["block_size", "64"]),
+    (f"optimizer.name=galore optimizer.rank={NINE}", ["rank", NINE]),
+  ],
+)
+def test_sizes_are_compared_with_memory(
+  tmp_path, corpus, monkeypatch, overrides, words
+):
+  monkeypatch.setattr(device_memory, "host_bytes", lambda: 16 << 30)
+  before = time.monotonic()
+  with pytest.raises(errors.UserError) as e:
+    runs.run(tmp_path / "run", runs.settings(corpus, *overrides.split()))
+  assert time.monotonic() - before < 10  # Not compiled, not allocated.
+  for word in words:
+    assert word in str(e.value), e.value
+  assert "\n" not in str(e.value)
+  assert len(str(e.value)) < 400
+
+
+def test_memory_is_compared_with_what_each_device_holds(
+  tmp_path, corpus, monkeypatch
+):
+  def refused(room, *overrides):
+    monkeypatch.setattr(device_memory, "host_bytes", lambda: room)
+    config = configs.resolve("smoke", runs.settings(corpus, *overrides))
+    try:
+      loop.Run(config, tmp_path / "-".join([str(room), *overrides]))
+    except errors.UserError as e:
+      return str(e)
+    return None
+
+  params = loop.Run(
+    configs.resolve("smoke", runs.settings(corpus)), tmp_path / "run"
+  ).trainer.state_bytes()
+  state = int(params["params"] + params["state"])
+  # As much again, and two counters, for AdamW's moments.
+  assert state == 3 * 4 * 37_024 + 8
+  wanted = "has 433.9 KiB, the run needs at least 433.9 KiB"
+  assert wanted in refused(state - 1)
+  assert refused(state) is None
+  assert refused(0) is None  # Unknown.
+  # Two simulated devices share the host's memory, and half of the matrices.
+  assert "has 216.9 KiB" in refused(state, "mesh.fsdp=2")
+  assert refused(2 * state, "mesh.fsdp=2") is None
 
 
 @pytest.mark.parametrize("kind", ["empty", "binary", "small"])

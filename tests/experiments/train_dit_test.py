@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import errors, signals
+from experiments import device_memory, errors, signals
 from experiments.diffusion import configs, data
 from experiments.diffusion import run as run_lib
 from experiments.diffusion import trainer as trainer_lib
@@ -213,6 +213,37 @@ REFUSED = {
   "data.held_out=1": ["data.held_out"],
   "optimizer.name=mun": ["did you mean 'muon'"],
 }
+
+
+NINE = "1000000000"
+
+
+@pytest.mark.parametrize(
+  ("overrides", "words"),
+  [
+    (f"model.d_model={NINE}0", ["memory", "layers/modulation"]),
+    # 4,704 parameters a layer, and their running mean.
+    (f"model.num_layers={NINE}", ["memory", "parameters 34.2 TiB"]),
+    (f"model.num_layers={NINE} model.scan_layers=False", ["scan_layers=True"]),
+    (f"training.batch_size={NINE}", ["memory", "activations"]),
+    (f"model.input_shape={NINE},{NINE},3 model.tile=1,1", ["memory"]),
+    (f"samples.count={NINE}", ["memory", "activations"]),
+    ("model.mlp_ratio=1e30", ["memory", "layers/"]),
+    (f"data.limit={NINE}", ["model.input_shape", "data.limit"]),
+    (f"model.d_model={NINE * 40}", ["model.d_model", "9223372036854775807"]),
+  ],
+)
+def test_sizes_are_compared_with_memory(
+  tmp_path, monkeypatch, overrides, words
+):
+  monkeypatch.setattr(device_memory, "host_bytes", lambda: 16 << 30)
+  with pytest.raises(errors.UserError) as e:
+    run_lib.Run(
+      configs.resolve("smoke", [*SMALL, *overrides.split()]), tmp_path
+    )
+  for word in words:
+    assert word in str(e.value), e.value
+  assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("overrides", REFUSED)

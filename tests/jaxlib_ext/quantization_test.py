@@ -270,6 +270,19 @@ class ShapesTest(parameterized.TestCase):
       self.assertEqual(q.dequantize(jnp.bfloat16).shape, shape)
       self.assertEqual(q.dequantize(jnp.bfloat16).dtype, jnp.bfloat16)
 
+  @parameterized.parameters("int4", "e3m2", "float8_e5m2")
+  def test_a_block_longer_than_the_axis_holds_it_once(self, name):
+    # Padded to the block, 16 numbers would take gigabytes.
+    for shape in ((16,), (16, 3), (2, 16, 3), (1, 1), (0, 3)):
+      x = sample(shape)
+      whole = quantize(x, f"{name}:16")
+      for block in ("17", "999999999"):
+        q = quantize(x, f"{name}:{block}")
+        assert_same_bits(q.codes, whole.codes)
+        assert_same_bits(q.scales, whole.scales)
+        assert_same_bits(q.dequantize(), whole.dequantize())
+        self.assertEqual(q.nbytes_packed, whole.nbytes_packed)
+
   def test_nbytes_packed(self):
     def nbytes(name):
       return quantize(np.ones((2, 64, 8)), name).nbytes_packed
