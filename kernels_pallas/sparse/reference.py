@@ -103,8 +103,11 @@ def _one_head(
   seen = total != 0
   total = jnp.where(seen, total, 1.0)
   if options.tail in ("mean_global", "mean_local"):
+    # What overflowed is nothing to those who do not see it.
+    slopes = jnp.where(weights[:, s:, None] == 0, 0.0, slopes)
     first = jnp.einsum("tj,tjv->tv", weights[:, s:], slopes)
-  out = (weights @ values + first) / total
+  values = jnp.where(weights[..., None] == 0, 0.0, values)
+  out = (jnp.einsum("tj,tjv->tv", weights, values) + first) / total
   lse = jnp.where(seen, top + jnp.log(total), problem.MASKED)
   return out, lse[:, 0]
 

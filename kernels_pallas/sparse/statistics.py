@@ -62,6 +62,23 @@ def centred(x: jax.Array, average: jax.Array, lengths: jax.Array) -> jax.Array:
   return jnp.where(real, x - average[..., None, :], 0)
 
 
+def contained(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Makes values that overflowed 0, and the keys of their blocks NaN.
+
+  A weight of 0 times infinity would be NaN for queries that do not see the
+  block; a key of NaN is so only for those that do.
+
+  Args:
+    key: `[B, G, N, K]`.
+    value: `[B, G, N, ...]`.
+  """
+  axes = tuple(range(3, value.ndim))
+  overflowed = ~jnp.all(jnp.isfinite(value), axis=axes)
+  spread = lambda x: jnp.expand_dims(overflowed, tuple(range(3, x.ndim)))
+  key = jnp.where(spread(key), jnp.nan, key)
+  return key, jnp.where(spread(value), 0, value)
+
+
 def tail(exact: problem.Exact, options: problem.Options) -> problem.Tail | None:
   """The pooled keys of a problem, None for the tail "drop".
 
@@ -79,7 +96,7 @@ def tail(exact: problem.Exact, options: problem.Options) -> problem.Tail | None:
     return None
   lengths = exact.lengths
   k, v = (split(x, options.block_kv) for x in (exact.k, exact.v))
-  mean_k, mean_v = mean(k, lengths), mean(v, lengths)
+  mean_k, mean_v = contained(mean(k, lengths), mean(v, lengths))
   pooled = problem.Tail(mean_k, mean_v, bias(exact, options, mean_k.dtype))
   if exact.kv_segments is not None:
     segments, _ = block_segments(exact, options.block_kv)
@@ -98,7 +115,8 @@ def tail(exact: problem.Exact, options: problem.Options) -> problem.Tail | None:
   local = products.einsum("bgnsk,bgnsv->bgnkv", deviation, values)
   if options.tail == "mean_local":
     count = jnp.maximum(lengths, 1).astype(mean_k.dtype)[..., None, None]
-    return pooled._replace(local=local / count)
+    key, local = contained(pooled.k, local / count)
+    return pooled._replace(k=key, local=local)
   # Only what every query of the block may see: the blocks wholly before it.
   before = blocks_before(exact.counts.shape[2], lengths.shape[2], options)
   first = lambda x: jnp.pad(

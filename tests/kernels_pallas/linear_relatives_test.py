@@ -177,7 +177,7 @@ def test_refusals():
   q, k, v, log_decay, beta = CASES["delta_product"][3]
   with pytest.raises(ValueError, match=r"^k must .*\[B, T, N, G, K\]"):
     kernels_pallas.delta_product(q, k[:, :, 0], v, log_decay, beta)
-  with pytest.raises(ValueError, match=r"^beta must begin with \[B, T, N\]"):
+  with pytest.raises(ValueError, match=r"^beta must have .*\[B, T, N, H\]"):
     kernels_pallas.delta_product(q, k, v, log_decay, beta[:, :, :2])
 
 
