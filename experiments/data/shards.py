@@ -17,7 +17,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -29,6 +28,7 @@ from experiments.data import bins, sources, tokenization
 from experiments.data import corpus as corpus_lib
 from experiments.data import files as files_lib
 from jaxlib_ext import records
+from models import hf_files
 
 FORMAT = 1
 SHARD_TOKENS = 1 << 27
@@ -125,7 +125,9 @@ def _read_written(
     if content["format"] != FORMAT:
       raise ValueError(f"format {content['format']}, expected {FORMAT}")
     splits = content["splits"]
-    files = {s: [_plain(f) for f in splits[s]["files"]] for s in _SPLITS}
+    files = {
+      s: [hf_files.plain_name(f) for f in splits[s]["files"]] for s in _SPLITS
+    }
     sizes = {s: splits[s]["bytes"] for s in _SPLITS}
     tokens = {s: splits[s]["tokens"] for s in _SPLITS}
     facts, hash_ = content["corpus"], content["hash"]
@@ -258,13 +260,6 @@ def claim(output: pathlib.Path, *, overwrite: bool) -> None:
 def _chunks(tokens: corpus_lib.Tokens) -> Iterator[np.ndarray]:
   for start in range(0, len(tokens), _CHUNK):
     yield tokens[start : start + _CHUNK]
-
-
-def _plain(name: str) -> str:
-  """A shard's name, which must not lead out of the directory."""
-  if os.path.basename(name) != name or name in ("", ".", "..") or "\0" in name:
-    raise ValueError(f"shard {name!r}, expected the plain name of a file")
-  return name
 
 
 def _check(

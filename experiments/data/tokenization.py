@@ -20,14 +20,12 @@ from experiments import errors
 from experiments.data import pieces
 from jaxlib_ext import config as config_lib
 from jaxlib_ext import records
+from models import hf_files
 
 # An explicit choice, or the library warns after every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-END = "<|endoftext|>"
 MIN_BPE, MAX_BPE = 257, 65535
-# Names under which well-known tokenizer files keep their end of a document.
-_ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
 _GROUP = 1 << 20
 
 
@@ -117,14 +115,14 @@ class Subwords:
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     self.vocab_size = max(vocab.values()) + 1
     self.dtype = np.dtype(np.uint16 if self.vocab_size <= 65536 else np.uint32)
-    self.eod = next((vocab[end] for end in _ENDS if end in vocab), None)
+    self.eod = vocab.get(hf_files.end_token(vocab))
     self._bytes = self._byte_tokens(vocab)
 
   def _byte_tokens(self, vocab: dict[str, int]) -> np.ndarray | None:
     """The id of every byte `[256]`, or None if this is not byte-level."""
     if "ByteLevel" not in _pre_tokenizers(self._tokenizer):
       return None
-    table = _byte_alphabet()
+    table = hf_files.byte_alphabet()
     if any(character not in vocab for character in table):
       return None
     return np.asarray([vocab[c] for c in table], self.dtype)
@@ -170,7 +168,7 @@ class Subwords:
     """
     if self._bytes is None:
       raise ValueError(f"tokenizer {self.name!r} is not byte-level")
-    value = {c: bytes([i]) for i, c in enumerate(_byte_alphabet())}
+    value = {c: bytes([i]) for i, c in enumerate(hf_files.byte_alphabet())}
     special = {
       i: token.content.encode()
       for i, token in self._tokenizer.get_added_tokens_decoder().items()
@@ -278,7 +276,7 @@ def train(size: int, texts: Iterable[bytes]) -> Subwords:
   tokenizer.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
     vocab_size=size,
-    special_tokens=[END],
+    special_tokens=[hf_files.END],
     initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     show_progress=sys.stderr.isatty(),
   )
@@ -357,17 +355,6 @@ def _groups(
         group, size = [], 0
   if group:
     yield group
-
-
-def _byte_alphabet() -> list[str]:
-  """The character that stands for every byte in a byte-level vocabulary.
-
-  Printable Latin-1 characters stand for themselves and the other bytes for
-  the characters from U+0100 on, in order (the convention of GPT-2).
-  """
-  printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-  others = iter(range(0x100, 0x200))
-  return [chr(b if b in printable else next(others)) for b in range(256)]
 
 
 def _pre_tokenizers(tokenizer: hf.Tokenizer) -> list[str]:

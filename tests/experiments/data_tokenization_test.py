@@ -11,6 +11,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from experiments import data, errors
 from experiments.data import pieces, tokenization
+from models import hf_files
 
 TEXT = [
   b"def f(x):\n  return x + 1\n\n\nclass A:\n  pass\n" * 20,
@@ -57,7 +58,7 @@ def test_bytes_are_their_own_ids():
 def test_text_never_spells_the_end(bpe):
   assert bpe.eod == 0
   assert bpe.eod not in bpe.encode(b"a<|endoftext|>b")
-  assert bpe.decode([0]) == tokenization.END
+  assert bpe.decode([0]) == hf_files.END
 
 
 def test_training_is_deterministic(bpe, tmp_path):
