@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import warnings
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
+import experiments
 from jaxlib_ext import checkpoint
 
 
@@ -20,6 +22,9 @@ def run_main(
   name: str, main: Callable[[], None], define_flags: Callable[[], None]
 ) -> None:
   """Runs an absl main; bad flags, bad input and a full disk end in one line.
+
+  So does Ctrl-C outside of a loop that knows what to save, with the exit code
+  that shells have for it, 130.
 
   Args:
     name: of the program, put before the line.
@@ -47,6 +52,11 @@ def run_main(
       main()
     except (UserError, checkpoint.CheckpointError, OSError) as e:
       fail(e)
+    except KeyboardInterrupt:
+      # A second one need not wait for threads to end.
+      signal.signal(signal.SIGINT, signal.SIG_DFL)
+      print(f"{name}: interrupted", file=sys.stderr)
+      sys.exit(experiments.INTERRUPTED)
 
   app.run(checked, flags_parser=parse)
 

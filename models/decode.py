@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxlib_ext import meshes
+from kernels_pallas import arguments
 from models import block, cache_policies, layers, mixers, stack
 from models import config as config_lib
 
@@ -102,9 +103,6 @@ def decode_step(
 ) -> tuple[jax.Array, Cache]:
   """Logits of the token after `tokens_t`, and the cache with it appended.
 
-  Past the cache's length the result is undefined: nothing checks it, for the
-  length is a traced value.
-
   Args:
     params: as for `transformer.apply`.
     cache: of the tokens before.
@@ -112,7 +110,11 @@ def decode_step(
     cfg: the model.
 
   Returns:
-    float32 logits `[B, V]` and the new cache.
+    float32 logits `[B, V]` and the new cache. Past the cache's `max_length`
+    the logits are NaN, where `cache.length` is traced.
+
+  Raises:
+    ValueError: `cache.length` is known and its `max_length` is reached.
   """
   return prefill(params, cache, tokens_t[:, None], cfg=cfg)
 
@@ -134,18 +136,15 @@ def prefill(
   """Appends a whole `[B, T]` of tokens; `decode_step` for T tokens at once.
 
   Returns:
-    float32 logits `[B, V]` of the token after the last, and the new cache.
+    float32 logits `[B, V]` of the token after the last, and the new cache. The
+    logits are NaN where the cache turns out too short for its traced length.
 
   Raises:
-    ValueError: T is 0 or exceeds the cache.
+    ValueError: T is 0 or exceeds what is known to be left of the cache.
   """
   length = tokens.shape[1]
   capacity = _capacity(cache)
-  if length < 1 or (capacity is not None and length > capacity):
-    allowed = (
-      "at least 1" if capacity is None else f"1 to max_length={capacity}"
-    )
-    raise ValueError(f"tokens: got a length of {length}; allowed: {allowed}")
+  _check_room(length, capacity, cache.length)
   positions = cache.length + jnp.arange(length)
   rotation = layers.rope_table(positions, cfg.key_size, cfg.rope_theta)
   x = block.embed(params, tokens, cfg)
@@ -169,7 +168,25 @@ def prefill(
   x, states = stack.walk(body, x, tuple(stacks), cfg, scan=True)
   x = block.final_norm(x[:, -1], params, cfg)
   logits = block.logits(x, params, cfg)
+  if capacity is not None:
+    # The last slots have been written over: no answer but a visible one.
+    logits = jnp.where(cache.length + length <= capacity, logits, jnp.nan)
   return logits, Cache(states, cache.length + length)
+
+
+def _check_room(length, capacity, used):
+  """Refuses tokens that a cache has no room for, where `used` is known."""
+  if capacity is None:
+    if length < 1:
+      raise ValueError(f"tokens: got a length of {length}; allowed: at least 1")
+    return
+  used = int(used) if arguments.known(used) else 0
+  if not 1 <= length <= capacity - used:
+    full = f" less the {used} that the cache holds" if used else ""
+    raise ValueError(
+      f"tokens: got a length of {length}; allowed: 1 to max_length={capacity}"
+      f"{full}"
+    )
 
 
 def _capacity(cache):

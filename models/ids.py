@@ -25,7 +25,7 @@ def check(name: str, ids: Any, size: int, ignored: Sequence[int] = ()) -> None:
     TypeError: `ids` are not integers.
     ValueError: a value is out of range. Traced values are not known.
   """
-  arguments.check_integers(name, ids)
+  ids = arguments.integers(name, ids)
   if not arguments.known(ids):
     return
   values = np.asarray(ids)

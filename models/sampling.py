@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlib_ext import meshes
+from kernels_pallas import arguments
 from models import config as config_lib
-from models import decode
+from models import decode, ids
 
 
 def sample(
@@ -32,10 +34,11 @@ def sample(
   Args:
     key: of the draws.
     params: as for `transformer.apply`.
-    prompt: int `[B, T]`, T at least 1.
+    prompt: int `[B, T]`, T at least 1; an array or nested lists.
     cfg: the model.
     steps: how many tokens to add.
-    temperature: divides the logits; 0 takes the likeliest token.
+    temperature: divides the logits; 0, and what float32 rounds to 0 or has
+      no normal number for, takes the likeliest token.
     top_k: keep only the k likeliest tokens; 0 keeps all.
     top_p: keep the smallest set of likeliest tokens whose probability
       reaches this (arXiv:1904.09751, section 3.1); 1 keeps all. Applied after
@@ -45,29 +48,36 @@ def sample(
     int32 `[B, steps]`, without the prompt.
 
   Raises:
-    ValueError: an argument out of its range.
+    TypeError: the prompt is not of integers.
+    ValueError: an argument out of its range, a known token of the prompt that
+      is not in the vocabulary among them.
   """
-  _check("prompt", prompt.ndim == 2 and prompt.shape[1] >= 1, prompt.shape,
-         "a shape [batch, length] with length at least 1")  # fmt: skip
-  _check("steps", steps >= 1, steps, "at least 1")
+  prompt = _prompt(prompt, cfg.vocab_size)
+  _check("steps", _whole(steps) and steps >= 1, steps, "at least 1")
   _check(
     "temperature",
-    0 <= temperature < math.inf,
+    _real(temperature) and 0 <= temperature < math.inf,
     temperature,
     "0 or a positive number",
   )
-  _check("top_k", top_k >= 0, top_k, "0 or more")
-  _check("top_p", 0 < top_p <= 1, top_p, "above 0 and at most 1")
-  top_k = min(top_k, cfg.vocab_size)
-  greedy = temperature == 0
+  _check("top_k", _whole(top_k) and top_k >= 0, top_k, "0 or more")
+  _check(
+    "top_p", _real(top_p) and 0 < top_p <= 1, top_p, "above 0 and at most 1"
+  )
+  top_k = min(int(top_k), cfg.vocab_size)
+  # What float32 can divide by: subnormal numbers are zero in arithmetic.
+  limits = jnp.finfo(jnp.float32)
+  tiny, largest = float(limits.tiny), float(limits.max)
+  temperature = float(min(temperature, largest))
+  greedy = temperature < tiny
   return _sample(
     key,
     params,
     prompt,
     jnp.float32(1.0 if greedy else temperature),
-    jnp.float32(top_p),
+    jnp.float32(max(top_p, tiny)),
     cfg=cfg,
-    steps=steps,
+    steps=int(steps),
     greedy=greedy,
     top_k=top_k,
     nucleus=top_p < 1,
@@ -92,6 +102,8 @@ def _sample(
   def draw(key, logits):
     if greedy:
       return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # Of the largest, 0, whatever it is divided by: the others may overflow.
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
     logits = truncate(
       logits / temperature, top_k=top_k, top_p=top_p if nucleus else None
     )
@@ -139,6 +151,24 @@ def truncate(
     least = jnp.min(kept, axis=-1, keepdims=True)
     logits = jnp.where(logits < least, -jnp.inf, logits)
   return logits
+
+
+def _prompt(prompt: Any, size: int) -> Any:
+  """The prompt as an array, none of whose ids JAX has cut to 32 bits."""
+  prompt = arguments.integers("prompt", prompt)
+  shape = tuple(prompt.shape)
+  _check("prompt", len(shape) == 2 and min(shape) >= 1, shape,
+         "a shape [batch, length], both at least 1")  # fmt: skip
+  ids.check("prompt", prompt, size)
+  return prompt
+
+
+def _whole(value: Any) -> bool:
+  return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _real(value: Any) -> bool:
+  return _whole(value) or isinstance(value, float | np.floating)
 
 
 def _check(name: str, ok: bool, got: Any, allowed: str) -> None:

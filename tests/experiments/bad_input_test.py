@@ -1,9 +1,11 @@
 """Each mistake gets one line that says what was got and what is allowed."""
 
 import dataclasses
+import os
 import resource
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -279,6 +281,30 @@ def test_the_main_exits_with_two_and_one_line(tmp_path, flags):
   assert done.returncode == 2, done
   assert done.stdout == ""
   assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize("where", ["imports", "main"])
+def test_an_interrupt_before_the_loop_gets_one_line(tmp_path, where):
+  """What Python raises for Ctrl-C is raised where it may come."""
+  command = ["-m", "experiments.pretrain"]
+  if where == "imports":  # Of a package that is found before the right one.
+    (tmp_path / "absl.py").write_text("raise KeyboardInterrupt")
+  else:
+    code = """
+    from experiments import errors
+    def main(): raise KeyboardInterrupt
+    errors.run_main("pretrain", main, lambda: None)
+    """
+    command = ["-c", textwrap.dedent(code)]
+  done = subprocess.run(
+    [sys.executable, *command],
+    cwd=runs.ROOT,
+    env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 130, done
+  assert (done.stdout, done.stderr) == ("", "pretrain: interrupted\n")
 
 
 @pytest.mark.slow

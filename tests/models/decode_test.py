@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +84,40 @@ class DecodeTest(parameterized.TestCase):
       cache = transformer.init_cache(CFG, 3, 8)
       decode.prefill(params, cache, tokens, cfg=CFG)
 
+  @parameterized.parameters("full", "window", "gdn", "gdn,full")
+  def test_past_the_length(self, mixers):
+    cfg = dataclasses.replace(CFG, num_heads=2, mixers=mixers, window=(8,))
+    params, tokens = setup(cfg)
+    step = functools.partial(transformer.decode_step, cfg=cfg)
+    _, cache = decode.prefill(
+      params, transformer.init_cache(cfg, 3, 5), tokens[:, :4], cfg=cfg
+    )
+    bounded = mixers != "gdn"
+    for used in (4, 5, 6):  # Traced.
+      logits, cache = jax.jit(step)(params, cache, tokens[:, used])
+      self.assertEqual(int(cache.length), used + 1)
+      past = bounded and used >= 5
+      self.assertEqual(bool(jnp.isnan(logits).all()), past)
+      self.assertEqual(bool(jnp.isnan(logits).any()), past)
+    if bounded:
+      allowed = "length of 1; allowed: 1 to max_length=5 less the 7"
+      with self.assertRaisesRegex(ValueError, allowed):
+        step(params, cache, tokens[:, 7])
+    else:
+      self.assertTrue(jnp.isfinite(step(params, cache, tokens[:, 7])[0]).all())
+
+  def test_pieces_past_the_length(self):
+    params, tokens = setup()
+    cache = transformer.init_cache(CFG, 3, 6)
+    prefill = functools.partial(decode.prefill, cfg=CFG)
+    _, cache = prefill(params, cache, tokens[:, :4])
+    with self.assertRaisesRegex(ValueError, "length of 3.*=6 less the 4"):
+      prefill(params, cache, tokens[:, 4:7])
+    logits, _ = jax.jit(prefill)(params, cache, tokens[:, 4:7])
+    self.assertTrue(jnp.isnan(logits).all())
+    logits, _ = prefill(params, cache, tokens[:, 4:6])
+    self.assertTrue(jnp.isfinite(logits).all())
+
 
 class SampleTest(parameterized.TestCase):
   def test_greedy_takes_the_likeliest_of_the_full_forward(self):
@@ -104,6 +139,53 @@ class SampleTest(parameterized.TestCase):
     )
     np.testing.assert_array_equal(draw(top_k=1), draw(temperature=0.0))
     np.testing.assert_array_equal(draw(top_p=1e-6), draw(temperature=0.0))
+
+  def test_near_zero_is_greedy(self):
+    params, tokens = setup()
+    draw = functools.partial(
+      sampling.sample, jax.random.key(0), params, tokens, cfg=CFG, steps=4
+    )
+    want = draw(temperature=0)
+    for temperature in (1e-30, 1.2e-38, 1e-40, 5e-324, np.float32(1e-45)):
+      np.testing.assert_array_equal(draw(temperature=temperature), want)
+    np.testing.assert_array_equal(draw(temperature=1e-30, top_p=0.5), want)
+    np.testing.assert_array_equal(draw(top_p=1e-300), want)
+    # Beyond float32: every token is as likely.
+    got = draw(temperature=1e300)
+    np.testing.assert_array_equal(got, draw(temperature=1e38))
+
+  def test_prompts(self):
+    params, tokens = setup()
+    draw = functools.partial(
+      sampling.sample, jax.random.key(0), params, cfg=CFG, steps=2
+    )
+    want = draw(tokens)
+    for kind in (np.int64, np.uint8, np.uint64, np.int16):
+      np.testing.assert_array_equal(draw(np.asarray(tokens).astype(kind)), want)
+    np.testing.assert_array_equal(draw(np.asarray(tokens).tolist()), want)
+
+  @parameterized.parameters(
+    ([1, 2], ValueError, r"prompt: got \(2,\); allowed: a shape \[batch"),
+    ([[]], ValueError, "both at least 1"),
+    (np.zeros((0, 3), int), ValueError, "both at least 1"),
+    (3, ValueError, "prompt: got"),
+    ("text", TypeError, "prompt must be integers"),
+    (None, TypeError, "prompt must be integers"),
+    ([["a"]], TypeError, "prompt must be integers"),
+    ([[1.0]], TypeError, "prompt must be integers"),
+    ([[True]], TypeError, "prompt must be integers"),
+    (np.ones((1, 2)), TypeError, "prompt must be integers"),
+    ([[1, 2], [3]], TypeError, "prompt must be integers"),
+    ([[31]], ValueError, "prompt: got 31; allowed: 0 to 30"),
+    ([[-1]], ValueError, "prompt: got -1"),
+    # In 32 bits, 5.
+    ([[2**32 + 5]], ValueError, "prompt: got 4294967301"),
+    (np.array([[2**32 + 5]]), ValueError, "prompt: got 4294967301"),
+    ([[2**70]], ValueError, "prompt: got 1180591620717411303424"),
+  )
+  def test_wrong_prompts(self, prompt, kind, message):
+    with self.assertRaisesRegex(kind, message):
+      sampling.sample(jax.random.key(0), {}, prompt, cfg=CFG, steps=1)
 
   def test_first_token_has_the_distribution_of_the_softmax(self):
     params, tokens = setup()
@@ -138,7 +220,13 @@ class SampleTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ({"steps": 0}, "steps: got 0"),
+    ({"steps": 1.5}, "steps: got 1.5"),
     ({"temperature": -1.0}, "temperature: got -1.0"),
+    ({"temperature": math.nan}, "temperature: got nan"),
+    ({"temperature": math.inf}, "temperature: got inf"),
+    ({"temperature": "hot"}, "temperature: got 'hot'"),
+    ({"top_p": math.nan}, "top_p: got nan"),
+    ({"top_k": 1.5}, "top_k: got 1.5"),
     ({"top_k": -1}, "top_k: got -1"),
     ({"top_p": 0.0}, "top_p: got 0.0"),
   )
