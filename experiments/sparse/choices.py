@@ -57,7 +57,8 @@ def _by_mass(mass: jax.Array, causal: bool, density: float) -> Blocks:
   allowed = jnp.tril(every) if causal else every
   forced = allowed & jnp.eye(number, dtype=bool) if causal else ~every
   longest = max(1, int(density * number + 1e-9))
-  candidates = choosing.Candidates(mass, allowed, forced)
+  odd = jnp.zeros_like(forced)
+  candidates = choosing.Candidates(mass, allowed, forced, odd)
   return choosing.choose(candidates, longest, low=density, high=density)
 
 
