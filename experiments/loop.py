@@ -291,8 +291,10 @@ class Run:
     run, cfg = self.trainer, self.trainer.cfg
     size, training = run.state_bytes(), self.config.training
     optimizer = self.config.optimizer
+    ends = self.corpus.tokenizer.eod is not None
     self._say(
-      f"data       {self.corpus.summary()}\n"
+      f"data       {self.corpus.summary()}"
+      f"{'' if ends else '; the tokenizer has no known end of a document'}\n"
       f"model      {run.num_params:,} parameters: {cfg.num_layers} layers of "
       f"{cfg.d_model}, vocabulary {cfg.vocab_size}, {cfg.compute_dtype}\n"
       f"optimizer  {optimizer.name}, learning rate {optimizer.learning_rate:g}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Container
+import re
+from collections.abc import Collection
 from typing import Any
 
 from jaxlib_ext import records
@@ -15,9 +16,30 @@ END = "<|endoftext|>"
 ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
 
 
-def end_token(vocab: Container[str]) -> str | None:
+# The letters of others, such as "[EOS]" or "<end_of_sentence>".
+_LETTERS = (
+  "endoftext",
+  "endofdocument",
+  "endofsentence",
+  "endofsequence",
+  "endofstring",
+  "eos",
+  "eod",
+  "eot",
+)
+
+
+def end_token(vocab: Collection[str]) -> str | None:
   """The token that ends a document, by its name; None if no name is known."""
-  return next((end for end in ENDS if end in vocab), None)
+  known = next((end for end in ENDS if end in vocab), None)
+  if known is not None:
+    return known
+  marks = {}
+  for name in sorted(vocab):
+    # Words of the language, such as "eos", are not in brackets.
+    if name[:1] in ("<", "[") and name[-1:] in (">", "]"):
+      marks.setdefault(re.sub(r"[\W_\u2581]", "", name).lower(), name)
+  return next((marks[end] for end in _LETTERS if end in marks), None)
 
 
 def byte_alphabet() -> list[str]:

@@ -27,6 +27,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 MIN_BPE, MAX_BPE = 257, 65535
 _GROUP = 1 << 20
+# Of a tokenizer.json; that of 262,144 tokens has 33 MB.
+_MOST_BYTES = 1 << 30
 
 
 class Tokenizer(Protocol):
@@ -293,6 +295,9 @@ def load(path: pathlib.Path, *, name: str | None = None) -> Tokenizer:
     UserError: it cannot be read, or is no tokenizer.
   """
   try:
+    size = path.stat().st_size
+    if size > _MOST_BYTES:
+      raise ValueError(f"{size} bytes, allowed: at most {_MOST_BYTES}")
     text = path.read_text(encoding="utf-8")
     content = json.loads(text)
     if content["model"].get("type") == "bytes":

@@ -140,6 +140,37 @@ def test_anybodys_file(tmp_path):
     tokenizer.decode_bytes([3])
 
 
+# With a wide bar and the blank of SentencePiece.
+DEEPSEEK_END = "<\uff5cend\u2581of\u2581sentence\uff5c>"
+
+
+@pytest.mark.parametrize(
+  ("names", "end"),
+  [
+    (["<eos>", "</s>"], "</s>"),
+    (["[EOS]", "[BOS]"], "[EOS]"),
+    ([DEEPSEEK_END], DEEPSEEK_END),
+    (["<EOS>"], "<EOS>"),
+    (["<|END_OF_TEXT|>"], "<|END_OF_TEXT|>"),
+    (["<|endofdocument|>", "<|eot|>"], "<|endofdocument|>"),
+    (["<eod>"], "<eod>"),
+    (["<|beginoftext|>", "[PAD]", "eos", "end of text"], None),
+  ],
+)
+def test_ends_by_the_letters_of_their_names(names, end):
+  words = {"cat": 0} | {name: i for i, name in enumerate(names, 1)}
+  tokenizer = hf.Tokenizer(models.WordLevel(words, unk_token="cat"))
+  assert tokenization.Subwords(tokenizer, "x").eod == words.get(end)
+
+
+def test_a_file_that_is_no_tokenizer_is_not_read_whole(tmp_path):
+  path = tmp_path / "tokenizer.json"
+  with open(path, "wb") as file:
+    file.truncate(10**12)
+  with pytest.raises(errors.UserError, match="1000000000000 bytes, allowed"):
+    tokenization.load(path)
+
+
 def test_wide_vocabularies_need_uint32():
   words = {f"w{i}": i for i in range(70000)}
   tokenizer = hf.Tokenizer(models.WordLevel(words, unk_token="w0"))
