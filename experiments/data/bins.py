@@ -112,7 +112,7 @@ class _Shard:
     self._path, self._wide = path, wide
     self._dtype = np.dtype("<u4" if wide else "<u2")
     self._part = path.with_name(path.name + ".part")
-    self._file = open(self._part, "wb")
+    self._file = open(self._part, "xb")  # Never through a link.
     self._header()
 
   def _header(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import sys
 from collections.abc import Iterable, Iterator
 
 # Characters of a piece: at least PIECE, at most twice as many.
@@ -53,14 +54,20 @@ def material(contents: Iterable[bytes]) -> Iterator[str]:
 
   A trainer holds every different word with 32 bytes for each of its own, so
   the text ends where its words would fill `ROOM`: for English or code after
-  some 100 MB, for random letters after 4 MB.
+  some 100 MB, for random letters after 4 MB. A line on stderr says so.
   """
-  seen, used = set(), 0
+  seen, used, size = set(), 0, 0
   for content in contents:
+    size += len(content)
     yield from (p for p in runs(content) if isinstance(p, str))
     new = set(_WORDS.findall(content)) - seen
     used += sum(32 * len(word) + 128 for word in new)
     if used > ROOM:
+      print(
+        f"data.tokenizer: trained on the first {size:,} bytes, which have as "
+        "many different words as there is room for",
+        file=sys.stderr,
+      )
       return
     seen |= new
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import json
 import pathlib
+import re
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,11 @@ FORMAT = 1
 SHARD_TOKENS = 1 << 27
 _SPLITS = ("train", "val")
 _CHUNK = 1 << 20
+_SHAPE = {"tokenizer": str, "hash": str, "corpus": dict, "splits": dict}
+# Names that `write_parts` writes.
+_OURS = re.compile(
+  r"((train|val)_\d+\.(bin|npy)|tokenizer\.json|meta\.json)(\.part)?"
+)
 
 
 class Concatenation:
@@ -118,29 +124,27 @@ def read(
 def _read_written(
   meta: pathlib.Path, cache: pathlib.Path | None
 ) -> corpus_lib.Corpus:
-  tokenizer = tokenization.load(meta.with_name("tokenizer.json"))
   try:
-    content = json.loads(meta.read_text(encoding="utf-8"))
-    tokenizer.name = content["tokenizer"]
+    content = hf_files.read_json(meta)
     if content["format"] != FORMAT:
-      raise ValueError(f"format {content['format']}, expected {FORMAT}")
-    splits = content["splits"]
-    files = {
-      s: [hf_files.plain_name(f) for f in splits[s]["files"]] for s in _SPLITS
-    }
-    sizes = {s: splits[s]["bytes"] for s in _SPLITS}
-    tokens = {s: splits[s]["tokens"] for s in _SPLITS}
-    facts, hash_ = content["corpus"], content["hash"]
+      raise ValueError(f"format {content['format']!r}, expected {FORMAT}")
+    if content.get("unfinished"):
+      raise ValueError("its writing was not finished")
+    for key, kind in _SHAPE.items():
+      _require(content[key], kind, key)
+    splits = {s: _split_facts(content["splits"][s]) for s in _SPLITS}
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise errors.UserError(f"data.path: cannot read {meta}: {e!r}") from e
+  tokenizer = tokenization.load(meta.with_name("tokenizer.json"))
+  tokenizer.name = content["tokenizer"]
   arrays = {}
   for split in _SPLITS:
-    found = [(f, bins.read(meta.with_name(f))) for f in files[split]]
+    found = [(f, bins.read(meta.with_name(f))) for f in splits[split]["files"]]
     arrays[split] = _joined([array for _, array in found])
-    if len(arrays[split]) != tokens[split]:
+    if len(arrays[split]) != splits[split]["tokens"]:
       raise errors.UserError(
-        f"data.path: {meta} lists {tokens[split]} tokens of {split}, its "
-        f"shards hold {len(arrays[split])}"
+        f"data.path: {meta} lists {splits[split]['tokens']} tokens of "
+        f"{split}, its shards hold {len(arrays[split])}"
       )
     for name, array in found:
       _check(meta.with_name(name), array, tokenizer)
@@ -149,11 +153,29 @@ def _read_written(
     train=arrays["train"],
     eval=arrays["val"],
     tokenizer=tokenizer,
-    hash=hash_,
-    facts={**facts, "shards": sum(map(len, files.values()))},
-    train_bytes=sizes["train"],
-    eval_bytes=sizes["val"],
+    hash=content["hash"],
+    facts={
+      **content["corpus"],
+      "shards": sum(len(s["files"]) for s in splits.values()),
+    },
+    train_bytes=splits["train"]["bytes"],
+    eval_bytes=splits["val"]["bytes"],
   )
+
+
+def _require(value: Any, kind: Any, name: str) -> None:
+  if not isinstance(value, kind):
+    raise ValueError(f"{name}: got {reprlib.repr(value)}")
+
+
+def _split_facts(split: dict[str, Any]) -> dict[str, Any]:
+  """A split's entry of meta.json; ValueError or TypeError if it is none."""
+  _require(split["tokens"], int, "tokens")
+  _require(split["bytes"], (int, type(None)), "bytes")
+  _require(split["files"], list, "files")
+  for name in split["files"]:
+    hf_files.plain_name(name)
+  return split
 
 
 def write(
@@ -189,8 +211,8 @@ def write_parts(
 ) -> dict[str, Any]:
   """Writes shards, tokenizer.json and meta.json, one array at a time.
 
-  Each file is renamed into place whole, and meta.json last, so that a
-  directory with a meta.json is complete.
+  Each file is renamed into place whole. meta.json says that the directory is
+  unfinished until the end.
 
   Args:
     tokens: of training and of evaluation, in arrays of any size.
@@ -206,19 +228,19 @@ def write_parts(
     What meta.json holds.
 
   Raises:
-    UserError: `output` is not empty or no directory, or a bad
-      `shard_tokens`.
+    UserError: what `claim` raises, or a bad `shard_tokens`.
   """
   claim(output, overwrite=overwrite)
   if shard_tokens < 1:
     raise errors.UserError(
       f"shard_tokens: got {shard_tokens}, allowed: at least 1"
     )
-  (output / "meta.json").unlink(missing_ok=True)
-  for split in _SPLITS:
-    for old in output.glob(f"{split}_[0-9]*"):
-      if old.suffix in (".bin", ".npy", ".part"):
-        old.unlink()
+  for name in _replaced(output):
+    (output / name).unlink(missing_ok=True)
+  # From here on the files are known as ours, should this be killed.
+  records.write_json(
+    output / "meta.json", {"format": FORMAT, "unfinished": True}
+  )
   tokenizer.save(output / "tokenizer.json")
   splits = {}
   for split, parts, size in zip(_SPLITS, tokens, sizes, strict=True):
@@ -246,7 +268,8 @@ def claim(output: pathlib.Path, *, overwrite: bool) -> None:
   """Makes the directory that shards go to.
 
   Raises:
-    UserError: it is a file, or holds something and `overwrite` is False.
+    UserError: it is a file, holds something and `overwrite` is False, or
+      holds files of the names that are written which no meta.json lists.
   """
   if output.exists() and not output.is_dir():
     raise errors.UserError(f"--output: {output} is not a directory")
@@ -255,6 +278,34 @@ def claim(output: pathlib.Path, *, overwrite: bool) -> None:
       f"--output: {output} is not empty; --overwrite replaces its shards"
     )
   output.mkdir(parents=True, exist_ok=True)
+  _replaced(output)
+
+
+def _replaced(output: pathlib.Path) -> list[str]:
+  """Names of our own files in a directory; raises UserError for others'."""
+  there = sorted(p.name for p in output.iterdir() if _OURS.fullmatch(p.name))
+  meta, listed = output / "meta.json", set()
+  if "meta.json" in there:
+    try:
+      content = hf_files.read_json(meta)
+      if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']!r}, expected {FORMAT}")
+      if content.get("unfinished"):
+        return there
+      for split in _SPLITS:
+        listed.update(content["splits"][split]["files"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+      raise errors.UserError(
+        f"--output: {meta} is not of shards written here: {e!r}"
+      ) from e
+    listed |= {"meta.json", "tokenizer.json"}
+  others = [name for name in there if name not in listed]
+  if others:
+    raise errors.UserError(
+      f"--output: {output} holds {others[0]!r}, which no meta.json lists; "
+      "move it away, or choose another directory"
+    )
+  return there
 
 
 def _chunks(tokens: corpus_lib.Tokens) -> Iterator[np.ndarray]:

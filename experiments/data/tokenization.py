@@ -17,7 +17,7 @@ import tqdm
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from experiments import errors
-from experiments.data import pieces
+from experiments.data import files, pieces
 from jaxlib_ext import config as config_lib
 from jaxlib_ext import records
 from models import hf_files
@@ -295,6 +295,9 @@ def load(path: pathlib.Path, *, name: str | None = None) -> Tokenizer:
     UserError: it cannot be read, or is no tokenizer.
   """
   try:
+    reason = files.kind(path)
+    if reason is not None:
+      raise ValueError(reason)
     size = path.stat().st_size
     if size > _MOST_BYTES:
       raise ValueError(f"{size} bytes, allowed: at most {_MOST_BYTES}")

@@ -256,6 +256,34 @@ def test_damaged_directories(text, tmp_path, damage):
   assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [
+    ("tokenizer", 3),
+    ("hash", None),
+    ("corpus", []),
+    ("splits", "train"),
+    ("splits", {"train": []}),
+    ("train", {"tokens": "9", "bytes": 9, "files": ["train_00000.bin"]}),
+    ("train", {"tokens": 9, "bytes": [], "files": ["train_00000.bin"]}),
+    ("train", {"tokens": 9, "bytes": 9, "files": "train_00000.bin"}),
+    ("train", {"tokens": 9, "bytes": 9, "files": [7]}),
+    ("train", {"tokens": 9, "bytes": 9, "files": []}),
+    ("deep", None),
+  ],
+)
+def test_meta_of_another_shape(text, tmp_path, key, value):
+  output = tmp_path / "shards"
+  shards.write(data.load_corpus("files", text), output)
+  content = json.loads((output / "meta.json").read_text())
+  (content["splits"] if key == "train" else content)[key] = value
+  written = "[" * 99999 if key == "deep" else json.dumps(content)
+  (output / "meta.json").write_text(written)
+  with pytest.raises(errors.UserError) as e:
+    data.load_corpus("shards", str(output))
+  assert "\n" not in str(e.value) and len(str(e.value)) < 400
+
+
 def test_overwriting_spares_other_files(text, tmp_path):
   corpus = data.load_corpus("files", text)
   output = tmp_path / "shards"
@@ -277,6 +305,41 @@ def test_overwriting_spares_other_files(text, tmp_path):
     shards.write(corpus, tmp_path / "new", shard_tokens=0)
   with pytest.raises(errors.UserError, match="not a directory"):
     shards.write(corpus, output / "notes.txt")
+
+
+@pytest.mark.parametrize(
+  "name", ["train_00000.bin", "val_00000.npy", "tokenizer.json", "meta.json"]
+)
+def test_files_of_others_are_not_overwritten(text, tmp_path, name):
+  corpus = data.load_corpus("files", text)
+  output = tmp_path / "shards"
+  output.mkdir()
+  (output / name).write_text("{}")
+  with pytest.raises(errors.UserError, match=name):
+    shards.write(corpus, output, overwrite=True)
+  assert [(p.name, p.read_text()) for p in output.iterdir()] == [(name, "{}")]
+
+
+def test_a_killed_writing_is_named_and_can_be_overwritten(text, tmp_path):
+  corpus, output = data.load_corpus("files", text), tmp_path / "shards"
+
+  def killed():
+    yield corpus.train[:70]
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    shards.write_parts(
+      (killed(), ()), (0, 0), output, tokenizer=corpus.tokenizer, hash_="",
+      facts={}, shard_tokens=50,
+    )  # fmt: skip
+  assert (output / "train_00000.bin").exists()
+  (output / "train_00007.bin.part").write_bytes(b"cut")
+  with pytest.raises(errors.UserError, match="not finished"):
+    data.load_corpus("shards", str(output))
+  shards.write(corpus, output, overwrite=True)
+  assert not (output / "train_00007.bin.part").exists()
+  read = data.load_corpus("shards", str(output))
+  np.testing.assert_array_equal(read.train[:], corpus.train)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

@@ -1,6 +1,7 @@
 """Tokenizers: round trips, end of documents, training, files."""
 
 import itertools
+import os
 import re
 import time
 
@@ -221,6 +222,12 @@ def test_a_directory_is_no_tokenizer(tmp_path):
     tokenization.make(str(tmp_path), ())
 
 
+def test_a_pipe_is_no_tokenizer(tmp_path):
+  os.mkfifo(tmp_path / "tokenizer.json")
+  with pytest.raises(errors.UserError, match="a FIFO"):
+    tokenization.load(tmp_path / "tokenizer.json")
+
+
 def test_the_cache_is_used(bpe, tmp_path):
   cache = tmp_path / "run" / "tokenizer.json"
   made = tokenization.make("bpe:300", TEXT, cache)
@@ -270,11 +277,13 @@ def test_long_words_are_bounded_in_training_alone(tmp_path):
   assert '"Split"' not in (tmp_path / "t.json").read_text()
 
 
-def test_training_ends_where_its_words_fill_the_room(monkeypatch):
+def test_training_ends_where_its_words_fill_the_room(monkeypatch, capsys):
   texts = [b"first words " * 9, b"second words", b"third"]
   assert list(pieces.material(texts)) == [t.decode() for t in texts]
+  assert capsys.readouterr().err == ""
   monkeypatch.setattr(pieces, "ROOM", 900)
   assert list(pieces.material(texts)) == [t.decode() for t in texts[:2]]
+  assert "the first 120 bytes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
