@@ -11,11 +11,14 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 import experiments
-from jaxlib_ext import checkpoint
+from jaxlib_ext import checkpoint, reading
 
 
 class UserError(ValueError):
   """A mistake of the user's: printed as one line, exit code 2."""
+
+
+_REPORTED = (UserError, checkpoint.CheckpointError, reading.ReadError, OSError)
 
 
 def run_main(
@@ -50,7 +53,7 @@ def run_main(
       if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}")
       main()
-    except (UserError, checkpoint.CheckpointError, OSError) as e:
+    except _REPORTED as e:
       fail(e)
     except KeyboardInterrupt:
       # A second one need not wait for threads to end.

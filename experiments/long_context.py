@@ -132,8 +132,10 @@ def _trained(
 ) -> loop.Run | None:
   """A finished run, trained now unless it was before; None at a signal."""
   config = configs.resolve(options.config, overrides)
-  run = loop.Run(config, options.workdir / name)
-  if not (run.workdir / "summary.json").exists():
+  workdir = options.workdir / name
+  finished = (workdir / "summary.json").exists()
+  run = loop.Run(config, workdir, read_only=finished)
+  if not finished:
     print(f"-- {name}", flush=True)
     if not run.train():
       return None

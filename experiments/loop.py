@@ -7,13 +7,13 @@ same numbers as one that was not.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -31,40 +31,73 @@ from experiments import (
   stored,
   trainer,
   transfer,
+  workdirs,
 )
-from jaxlib_ext import checkpoint, records, sharding
+from jaxlib_ext import checkpoint, reading, records, sharding
 from jaxlib_ext import config as config_lib
 from models import sampling
 
 # Bytes of a step from which on CPUs one is dispatched at a time.
 _LARGE_STEP = 1 << 30
+# What every line of metrics.jsonl has.
+_RECORD = {
+  "step": int,
+  "tokens": int,
+  "loss": float,
+  "seconds": float,
+  "eval_loss?": float,
+}
 
 
 class Run:
   """One pretraining run in one directory.
 
+  Holds the directory's lock until `train` ends or the run is dropped.
+
   Args:
     config: as `configs.resolve` gives it.
-    workdir: made if absent; another config's directory is refused.
+    workdir: made if absent; refused are another config's directory, one in
+      which another process runs, and one with files that are not a run's.
+    read_only: nothing is written: for those who want the model and the data
+      of a run, which may be going on.
 
   Raises:
-    UserError: bad data, an impossible mesh, or another config's directory.
+    UserError: bad data, an impossible mesh, or a directory that is refused.
   """
 
-  def __init__(self, config: configs.Config, workdir: pathlib.Path):
+  FILES = (
+    "config.json",
+    "metrics.jsonl",
+    "summary.json",
+    "loss.png",
+    "tokenizer.json",
+  )
+  DIRECTORIES = ("checkpoints", "tensorboard")
+
+  def __init__(
+    self,
+    config: configs.Config,
+    workdir: pathlib.Path,
+    *,
+    read_only: bool = False,
+  ):
     self.config, self.workdir = config, workdir
     self.main = jax.process_index() == 0
-    self.metrics_path = workdir / "metrics.jsonl"
     mesh = self._mesh()
     # Before anything is read or written, and again with the data's vocabulary.
     trainer.check_sizes(config, config.model.build(vocab_size=1), mesh)
-    self._claim()
-    self.corpus = self._load_corpus()
-    cfg = self._model_config()
-    trainer.check_sizes(config, cfg, mesh)
-    self.trainer = trainer.Trainer(config, cfg, mesh)
-    self.trainer.check_memory()
-    self._write_config(cfg)
+    with self._claimed(read_only):
+      self.corpus = self._load_corpus()
+      cfg = self._model_config()
+      trainer.check_sizes(config, cfg, mesh)
+      self.trainer = trainer.Trainer(config, cfg, mesh)
+      self.trainer.check_memory()
+      self._begin(cfg)
+
+  @property
+  def metrics_path(self) -> pathlib.Path:
+    """Where the records are."""
+    return self.workdir / "metrics.jsonl"
 
   def _mesh(self) -> jax.sharding.Mesh:
     axes = dataclasses.asdict(self.config.mesh)
@@ -81,41 +114,44 @@ class Run:
       )
     return mesh
 
-  def _claim(self) -> None:
-    """Refuses the directory of another run before anything is written."""
-    if self.workdir.exists() and not self.workdir.is_dir():
-      raise errors.UserError(f"--workdir: {self.workdir} is not a directory")
-    path = self.workdir / "config.json"
-    self.stored = None
-    if path.exists():
-      try:
-        self.stored = json.loads(path.read_text(encoding="utf-8"))
-        old = self.stored["config"]
-      except (ValueError, KeyError, TypeError) as e:
-        raise errors.UserError(f"--workdir: cannot read {path}: {e}") from e
-      stored.check_config(old, self.config, self.workdir)
-    elif self.workdir.exists() and any(
-      (self.workdir / name).exists() for name in ("checkpoints", "summary.json")
-    ):
-      raise errors.UserError(
-        f"--workdir: {self.workdir} holds checkpoints but no config.json; "
-        "choose another --workdir"
-      )
-    self.workdir.mkdir(parents=True, exist_ok=True)
+  @contextlib.contextmanager
+  def _claimed(self, read_only: bool) -> Iterator[None]:
+    """Refuses what is not this run's directory before anything is written.
+
+    The lock is kept for the run if what follows succeeds.
+    """
+    self.stored = self._look()
+    self._writes = self.main and not read_only
+    with contextlib.ExitStack() as held:
+      if self._writes:
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(workdirs.Lock(self.workdir))
+        held.callback(workdirs.discard_start, self.workdir)
+        self.stored = self._look()
+        workdirs.discard_start(self.workdir)
+      yield
+      self._held = held.pop_all()
+
+  def _look(self) -> dict[str, Any] | None:
+    """What config.json says, if the run has begun."""
+    if not workdirs.check(self.workdir, self.FILES, self.DIRECTORIES):
+      return None
+    facts = stored.facts(self.workdir, "--workdir")
+    stored.check_config(facts["config"], self.config, self.workdir)
+    return facts
 
   def _load_corpus(self) -> data.Corpus:
     """One process trains the tokenizer, the others read what it wrote."""
+    cache = self.workdir if self.stored else self.workdir / workdirs.START
+    made = cache / "tokenizer.json"
     load = lambda: data.load_corpus(
       source=self.config.data.source,
       path=self.config.data.path,
       tokenizer=self.config.data.tokenizer,
       held_out=self.config.data.held_out,
-      cache_dir=self.workdir,
+      cache_dir=cache if self._writes or made.exists() else None,
     )
     if self.main:
-      if not self.stored:
-        # Left by a run that was refused later on, perhaps of another size.
-        (self.workdir / "tokenizer.json").unlink(missing_ok=True)
       corpus = load()
     multihost_utils.sync_global_devices("tokenizer")
     if not self.main:
@@ -138,8 +174,10 @@ class Run:
     data.check_vocab(cfg.vocab_size, self.corpus.tokenizer)
     return cfg
 
-  def _write_config(self, cfg) -> None:
-    if self.main:
+  def _begin(self, cfg) -> None:
+    """Writes config.json, by which the directory is this run's."""
+    multihost_utils.sync_global_devices("accepted")
+    if self._writes:
       records.write_json(
         self.workdir / "config.json",
         {
@@ -148,6 +186,7 @@ class Run:
           "corpus": self.corpus.describe(),
         },
       )
+      workdirs.keep_start(self.workdir)
 
   def restore(self) -> trainer.TrainState:
     """The latest readable checkpoint's state, or the initial one."""
@@ -184,11 +223,17 @@ class Run:
       What `summary.json` holds; empty where a signal ended the run early.
 
     Raises:
-      UserError: no readable checkpoint, or a loss that is not finite.
+      UserError: no readable checkpoint, damaged records, or a loss that is
+        not finite.
     """
+    with self._held:
+      return self._train()
+
+  def _train(self) -> dict[str, Any]:
     training = self.config.training
     state = self.restore()
     first = step = int(state.step)
+    self._records()
     if self.main:
       records.keep(self.metrics_path, lambda m: m["step"] <= first)
     batch_of = self._batches()
@@ -231,6 +276,26 @@ class Run:
       )
       return {}
     return self._finish(state)
+
+  def _records(self) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    try:
+      return records.read(self.metrics_path, _RECORD)
+    except reading.ReadError as e:
+      raise errors.UserError(
+        f"{e}; move {self.metrics_path.name} away to go on without what it says"
+      ) from e
+
+  def _history(self) -> tuple[list[dict[str, Any]], list[float]]:
+    """The records of a finished run and the held-out losses among them."""
+    lines = self._records()
+    evals = [m["eval_loss"] for m in lines if "eval_loss" in m]
+    if not evals or lines[-1]["step"] != self.config.training.steps:
+      raise errors.UserError(
+        f"{self.metrics_path} has lost the record of the last step, so there "
+        "can be no summary.json; the last checkpoint is whole"
+      )
+    return lines, evals
 
   def _batches(self) -> Callable[[int], Any]:
     """This process's part of a step's batch, from the step's number."""
@@ -310,10 +375,9 @@ class Run:
 
   def _finish(self, state: trainer.TrainState) -> dict[str, Any]:
     """The plot, the sample, the summary and the last words."""
-    metrics = records.read(self.metrics_path)
+    metrics, evals = self._history()
     baselines = self.corpus.baselines()
     sample = self._sample(state.params)
-    evals = [m["eval_loss"] for m in metrics if "eval_loss" in m]
     final = evals[-1]
     size = self.trainer.state_bytes()
     summary = {

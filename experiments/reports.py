@@ -80,7 +80,8 @@ def save_figure(
   for suffix in suffixes:
     part = path.with_suffix(f".part{suffix}")
     metadata = {"Date": None} if suffix == ".svg" else None
-    figure.savefig(part, dpi=dpi, metadata=metadata)
+    with open(part, "wb", opener=records.own_file) as f:
+      figure.savefig(f, format=suffix[1:], dpi=dpi, metadata=metadata)
     os.replace(part, path.with_suffix(suffix))
 
 

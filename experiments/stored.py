@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import os
 import pathlib
 from typing import Any, NamedTuple
 
 from experiments import configs, errors
-from jaxlib_ext import checkpoint
+from jaxlib_ext import checkpoint, reading
 from jaxlib_ext import config as config_lib
 from models import config as model_config
 
@@ -26,6 +26,45 @@ class Stored(NamedTuple):
   corpus_hash: str
 
 
+def facts(workdir: str | os.PathLike, field: str) -> dict[str, Any]:
+  """The content of a run's `config.json`, of any main.
+
+  Args:
+    workdir: of the run.
+    field: the flag or field that names it, for the message.
+
+  Returns:
+    At least "config", "model" and "corpus" with its "hash".
+
+  Raises:
+    UserError: there is no run, or the file is damaged.
+  """
+  path = os.path.join(workdir, "config.json")
+  shape = {"config": dict, "model": dict, "corpus": {"hash": str}}
+  try:
+    return reading.read_json(path, shape)
+  except (OSError, reading.ReadError) as e:
+    raise errors.UserError(f"{field}: {workdir} is no run's: {e}") from e
+
+
+def parse(cls: type, values: dict[str, Any], workdir: Any, field: str) -> Any:
+  """A dataclass as `facts` holds it.
+
+  Args:
+    cls: the class.
+    values: its fields.
+    workdir: as for `facts`.
+    field: as for `facts`.
+
+  Raises:
+    UserError: another class's fields, or values that it refuses.
+  """
+  try:
+    return config_lib.from_dict(cls, values)
+  except (ValueError, TypeError) as e:
+    raise errors.UserError(f"{field}: {workdir} is no run's: {e}") from e
+
+
 def read(workdir: pathlib.Path, field: str) -> Stored:
   """The description of the run in `workdir`.
 
@@ -36,20 +75,18 @@ def read(workdir: pathlib.Path, field: str) -> Stored:
   Raises:
     UserError: there is no run.
   """
-  path = workdir / "config.json"
-  try:
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    return Stored(
-      config_lib.from_dict(configs.Config, facts["config"]),
-      config_lib.from_dict(model_config.Config, facts["model"]),
-      facts["corpus"]["hash"],
-    )
-  except (OSError, ValueError, KeyError) as e:
-    raise errors.UserError(f"{field}: {workdir} is no run's: {e}") from e
+  found = facts(workdir, field)
+  return Stored(
+    parse(configs.Config, found["config"], workdir, field),
+    parse(model_config.Config, found["model"], workdir, field),
+    found["corpus"]["hash"],
+  )
 
 
 def state(workdir: pathlib.Path, target: Any, field: str) -> tuple[int, Any]:
   """The step and state of the latest checkpoint that can be read.
+
+  Nothing is written: the run may be going on.
 
   Args:
     workdir: of `experiments.pretrain`.

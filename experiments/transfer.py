@@ -34,7 +34,10 @@ def initial_state(
       f"{_FIELD}: {workdir} was trained on other data or tokens: hash "
       f"{run.corpus_hash}, here {corpus_hash}"
     )
-  other = trainer.Trainer(run.config, run.model, own.mesh)
+  try:
+    other = trainer.Trainer(run.config, run.model, own.mesh)
+  except ValueError as e:
+    raise errors.UserError(f"{_FIELD}: {workdir}: {e}") from e
   if own.quantized or other.quantized:
     raise errors.UserError(
       f"{_FIELD}: got a run with optimizer.name="

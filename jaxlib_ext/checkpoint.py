@@ -4,11 +4,16 @@ Orbax writes a checkpoint under a temporary name and renames it, so a kill
 leaves the previous one in place. Beside the state lies a checksum of every
 array, computed on the devices that hold it: a file that was damaged later
 does not come back as plausible numbers.
+
+Whoever only reads writes nothing, so a run that goes on can be read.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jaxlib_ext import paths
+from jaxlib_ext import paths, reading
 
 
 class CheckpointError(Exception):
@@ -53,6 +58,8 @@ def _checksum(x: jax.Array) -> jax.Array:
   return jnp.sum(x * weight, dtype=jnp.uint32)
 
 
+# As orbax spells it: no other spelling of a number.
+_STEP = re.compile(r"step_(0|[1-9][0-9]{0,17})")
 _DISK_FULL = "No space left on device"
 _UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
@@ -64,6 +71,10 @@ def _is_float(x: jax.Array) -> bool:
 class Checkpointer:
   """Saves and restores one pytree of arrays by step number.
 
+  Nothing is written before the first save, which also removes what a killed
+  process has left unfinished: at most one process, or the processes of one
+  run, may save in a directory.
+
   Args:
     directory: made on the first save.
     keep: how many of the latest checkpoints to keep.
@@ -71,10 +82,16 @@ class Checkpointer:
 
   def __init__(self, directory: str | pathlib.Path, *, keep: int = 2):
     self._directory = pathlib.Path(directory).resolve()
-    self._manager = ocp.CheckpointManager(
+    self._keep = keep
+    self._saving = False
+
+  @functools.cached_property
+  def _manager(self) -> ocp.CheckpointManager:
+    self._saving = True
+    return ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
+        max_to_keep=self._keep,
         create=True,
         step_prefix="step",
         cleanup_tmp_directories=True,
@@ -82,8 +99,11 @@ class Checkpointer:
     )
 
   def steps(self) -> list[int]:
-    """Steps of the finished checkpoints, in order."""
-    return sorted(self._manager.all_steps())
+    """Steps of the finished checkpoints, damaged or not, in order."""
+    if not self._directory.is_dir():
+      return []
+    found = map(_STEP.fullmatch, os.listdir(self._directory))
+    return sorted(int(match[1]) for match in found if match)
 
   def save(self, step: int, state: Any) -> None:
     """Starts to write `state`, which may be donated or changed right after.
@@ -106,8 +126,9 @@ class Checkpointer:
     Raises:
       CheckpointError: it could not be written.
     """
-    with _write_errors():
-      self._manager.wait_until_finished()
+    if self._saving:
+      with _write_errors():
+        self._manager.wait_until_finished()
 
   def restore(self, step: int, target: Any) -> Any:
     """Reads the checkpoint of `step`.
@@ -121,16 +142,10 @@ class Checkpointer:
       CheckpointError: the checkpoint is damaged or of another structure.
     """
     try:
-      out = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(target),
-          checksums=ocp.args.JsonRestore(),
-        ),
-      )
+      state, sums = self._read(step, target)
     except Exception as e:  # orbax and tensorstore raise many kinds
       raise CheckpointError(_first_line(e)) from e
-    found = {k: int(v) for k, v in checksums(out["state"]).items()}
+    found = {k: int(v) for k, v in checksums(state).items()}
     wanted = jax.tree_util.tree_flatten_with_path(target)[0]
     names = (paths.leaf_name(path) for path, _ in wanted)
     missing = [name for name in names if name not in found]
@@ -140,10 +155,22 @@ class Checkpointer:
         f"it holds no array {missing[0]!r}: another version or other "
         "arguments wrote it"
       )
-    wrong = [k for k, v in found.items() if out["checksums"].get(k) != v]
+    wrong = [k for k, v in found.items() if sums.get(k) != v]
     if wrong:
       raise CheckpointError(f"the checksum of {wrong[0]!r} does not match")
-    return out["state"]
+    return state
+
+  def _read(self, step: int, target: Any) -> tuple[Any, dict[str, int]]:
+    """The state and the checksums that were written with it."""
+    directory = self._directory / f"step_{step}"
+    reading.check_tree(directory)
+    sums = reading.read_json(directory / "checksums" / "metadata", {str: int})
+    reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    try:
+      arguments = ocp.args.StandardRestore(target)
+      return reader.restore(directory / "state", args=arguments), sums
+    finally:
+      reader.close()
 
   def restore_latest(
     self, target: Any
@@ -172,15 +199,26 @@ class Checkpointer:
       failed.append(f"step {step}: {found}")
     raise CheckpointError("; ".join(failed) or "there are no checkpoints")
 
-  def set_aside(self, step: int, destination: str | pathlib.Path) -> None:
-    """Moves a damaged checkpoint out of the way of a new one."""
-    self._directory.joinpath(f"step_{step}").rename(destination)
-    self._manager.reload()
+  def set_aside(self, step: int, destination: str | os.PathLike) -> None:
+    """Moves a damaged checkpoint out of the way of a new one.
+
+    Call it before the first save.
+
+    Args:
+      step: one of `steps()`.
+      destination: where to; a number is put behind a name that is taken.
+    """
+    free, number = pathlib.Path(destination), 1
+    while os.path.lexists(free):
+      number += 1
+      free = free.with_name(f"{pathlib.Path(destination).name}_{number}")
+    self._directory.joinpath(f"step_{step}").rename(free)
 
   def close(self) -> None:
     """Waits for the last write and frees the writer's threads."""
     self.wait()
-    self._manager.close()
+    if self._saving:
+      self._manager.close()
 
 
 class _write_errors:

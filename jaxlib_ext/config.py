@@ -53,6 +53,11 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
   Raises:
     ConfigError: an unknown field or a value of the wrong type.
   """
+  if not isinstance(values, dict):
+    raise ConfigError(
+      f"{where.rstrip('.') or cls.__name__}: got {values!r}; allowed: a group "
+      "of fields"
+    )
   types_ = typing.get_type_hints(cls)
   known = {f.name for f in dataclasses.fields(cls)}
   kwargs = {}
@@ -117,8 +122,8 @@ def literal(value: Any) -> Any:
     return None
   try:
     return ast.literal_eval(value)
-  except (ValueError, SyntaxError):
-    return value
+  except (ValueError, SyntaxError, RecursionError, MemoryError):
+    return value  # The last two: nested too deeply.
 
 
 def check(value: Any, kind: Any, where: str) -> Any:
@@ -158,6 +163,8 @@ def check(value: Any, kind: Any, where: str) -> Any:
     return tuple(check(v, inner, where) for v in parsed)
   if kind is str:
     if isinstance(value, str):
+      if "\0" in value:
+        raise ConfigError(f"{where}: got {value!r}; allowed: text without NUL")
       return value
   elif kind is dict or origin is dict:
     if isinstance(literal(value), dict):
@@ -174,7 +181,10 @@ def check(value: Any, kind: Any, where: str) -> Any:
   elif kind is float:
     parsed = literal(value)
     if isinstance(parsed, int | float) and not isinstance(parsed, bool):
-      return float(parsed)
+      try:
+        return float(parsed)
+      except OverflowError:
+        pass  # Said below.
   else:
     raise TypeError(f"{where}: no rule reads the annotation {kind}")
   name = getattr(kind, "__name__", str(kind))

@@ -13,33 +13,53 @@ from typing import Any
 
 import jax
 
+from jaxlib_ext import reading
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_LIMIT = 4 << 30
 
 
 def append(path: str | os.PathLike, record: dict[str, Any]) -> None:
   """Adds one JSON object as one line, in a single write."""
   line = json.dumps(record, default=_plain) + "\n"
-  with open(path, "a", encoding="utf-8") as f:
+  with open(path, "a", encoding="utf-8", opener=own_file) as f:
     f.write(line)
 
 
-def read(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """Reads the records of a file; a last line cut short by a kill is left out.
+def own_file(path: str | os.PathLike, flags: int) -> int:
+  """An `opener` of `open` that writes through no symbolic link or pipe.
 
   Raises:
-    ValueError: a damaged line that is not the last, named by its number.
+    OSError: `path` is one.
   """
-  path = pathlib.Path(path)
-  if not path.exists():
+  return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
+def read(path: str | os.PathLike, shape: Any = dict) -> list[dict[str, Any]]:
+  """Reads the records of a file; a last line cut short by a kill is left out.
+
+  Args:
+    path: of JSON Lines; none is no records.
+    shape: of each record, as for `reading.require`.
+
+  Raises:
+    reading.ReadError: what cannot be read, or a damaged line that is not the
+      last, named by its number.
+  """
+  try:
+    lines = reading.read_text(path, limit=_LIMIT).splitlines()
+  except FileNotFoundError:
     return []
-  lines = path.read_text(encoding="utf-8").splitlines()
   out = []
   for number, line in enumerate(lines, 1):
+    where = f"{os.fspath(path)}, line {number}"
     try:
-      out.append(json.loads(line))
-    except json.JSONDecodeError as e:
+      value = reading.parse_json(line, where, nan=True)
+    except reading.ReadError:
       if number < len(lines):
-        raise ValueError(f"{path}, line {number}: not JSON: {e}") from e
+        raise
+    else:
+      out.append(reading.require(value, shape, where))
   return out
 
 
@@ -73,7 +93,7 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
   """Writes beside the file, then renames."""
   path = pathlib.Path(path)
   part = path.with_name(path.name + ".part")
-  with open(part, "w", encoding="utf-8") as f:
+  with open(part, "w", encoding="utf-8", opener=own_file) as f:
     f.write(text)
     f.flush()
     os.fsync(f.fileno())

@@ -22,7 +22,7 @@ import tqdm
 from experiments import configs, errors, optimizers, stored
 from experiments.comparison import entrants, search
 from jaxlib_ext import config as config_lib
-from jaxlib_ext import records
+from jaxlib_ext import reading, records
 
 # What a run is, for the interpreter.
 PROGRAM = ("-m", "experiments.pretrain")
@@ -170,7 +170,9 @@ class Runner:
       self._execute(directory, overrides)
     # A finished run is not continued.
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-    summary = json.loads((directory / "summary.json").read_text())
+    summary = reading.read_json(
+      directory / "summary.json", {"final_eval_loss": float}, nan=True
+    )
     result = {
       "optimizer": entrant.label,
       **point._asdict(),
@@ -230,8 +232,8 @@ def _is_finished(directory: pathlib.Path, config: configs.Config) -> bool:
   """Whether a run of this config has ended there; others' are refused."""
   if not (directory / "summary.json").exists():
     return False
-  begun = json.loads((directory / "config.json").read_text())["config"]
-  stored.check_config(begun, config, directory)
+  begun = stored.facts(directory, "--workdir")
+  stored.check_config(begun["config"], config, directory)
   return True
 
 
@@ -252,7 +254,7 @@ def _pin(shares: queue.SimpleQueue) -> None:
 
 def _write_diverged(directory: pathlib.Path) -> None:
   """The summary of a run whose loss was not finite: worse than any other."""
-  begun = json.loads((directory / "config.json").read_text())
+  begun = stored.facts(directory, "--workdir")
   records.write_json(
     directory / "summary.json",
     {

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from experiments import reports
+from jaxlib_ext import records
 
 _GAP = 2
 _FONT_SIZE = 12
@@ -54,7 +55,8 @@ def save_grid(
       sheet.paste(Image.fromarray(big), (margin + j * width, y))
   path = pathlib.Path(path)
   part = path.with_name(path.name + ".part")
-  sheet.save(part, format="PNG")
+  with open(part, "wb", opener=records.own_file) as f:
+    sheet.save(f, format="PNG")
   os.replace(part, path)
 
 

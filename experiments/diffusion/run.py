@@ -7,12 +7,11 @@ the step number alone.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from experiments import errors, loop, reports
+from experiments import loop, reports
 from experiments import stored as stored_lib
 from experiments.diffusion import configs, metrics, pictures, trainer
 from experiments.diffusion import data as data_lib
@@ -26,28 +25,30 @@ class Run(loop.Run):
 
   Args:
     config: as `configs.resolve` gives it.
-    workdir: made if absent; another config's directory is refused.
+    workdir: as of `experiments.loop.Run`.
 
   Raises:
-    UserError: bad data, or another config's directory.
+    UserError: bad data, or a directory that is refused.
   """
+
+  FILES = tuple(n for n in loop.Run.FILES if n != "tokenizer.json")
+  DIRECTORIES = (*loop.Run.DIRECTORIES, "samples")
 
   def __init__(self, config: configs.Config, workdir: pathlib.Path):
     self.config, self.workdir = config, workdir
     self.main = True
-    self.metrics_path = workdir / "metrics.jsonl"
     shape = config.build(num_classes=1).input_shape
     # Before anything is read or written, and again with the data's classes.
     trainer.check_sizes(config, config.build(num_classes=1))
-    self._claim()
-    self.corpus = data_lib.load(config.data, shape)
-    if self.stored:
-      stored_lib.check_corpus(self.stored["corpus"]["hash"], self.corpus.hash)
-    cfg = config.build(len(self.corpus.classes))
-    trainer.check_sizes(config, cfg)
-    self.trainer = trainer.Trainer(config, cfg)
-    self.trainer.check_memory()
-    self._write_config(cfg)
+    with self._claimed(read_only=False):
+      self.corpus = data_lib.load(config.data, shape)
+      if self.stored:
+        stored_lib.check_corpus(self.stored["corpus"]["hash"], self.corpus.hash)
+      cfg = config.build(len(self.corpus.classes))
+      trainer.check_sizes(config, cfg)
+      self.trainer = trainer.Trainer(config, cfg)
+      self.trainer.check_memory()
+      self._begin(cfg)
 
   def _batches(self) -> Callable[[int], data_lib.Batch]:
     training = self.config.training
@@ -108,8 +109,7 @@ class Run(loop.Run):
 
   def _finish(self, state: trainer.TrainState) -> dict[str, Any]:
     """The plot, the samples, the summary and the last words."""
-    lines = records.read(self.metrics_path)
-    evals = [m["eval_loss"] for m in lines if "eval_loss" in m]
+    lines, evals = self._history()
     summary = {
       "name": self.config.name,
       "step": self.config.training.steps,
@@ -169,12 +169,10 @@ def load(workdir: pathlib.Path, path: str = "") -> Trained:
     UserError: no such run, no readable checkpoint, or other data.
   """
   workdir = pathlib.Path(workdir)
-  try:
-    stored = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    config = config_lib.from_dict(configs.Config, stored["config"])
-    cfg = config_lib.from_dict(dit.Config, stored["model"])
-  except (OSError, ValueError, KeyError) as e:
-    raise errors.UserError(f"{workdir}: not the directory of a run: {e}") from e
+  stored = stored_lib.facts(workdir, "workdir")
+  parse = lambda cls, values: stored_lib.parse(cls, values, workdir, "workdir")
+  config = parse(configs.Config, stored["config"])
+  cfg = parse(dit.Config, stored["model"])
   if path:
     config = config_lib.replace(config, "data.path", path)
   corpus = data_lib.load(config.data, cfg.input_shape)

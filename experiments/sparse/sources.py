@@ -118,7 +118,7 @@ def language_model(workdir: pathlib.Path, examples: int, block: int) -> Text:
       two blocks.
   """
   config = stored.read(workdir, "--lm").config
-  run = loop.Run(config, workdir)
+  run = loop.Run(config, workdir, read_only=True)
   cfg = run.trainer.cfg
   # What a window never sees, or a pooled tail has, its keys are not made for.
   if {"full"} != set(cfg.pattern) & set(model_config.SOFTMAX):
