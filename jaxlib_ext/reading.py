@@ -38,7 +38,7 @@ def read_text(path: str | os.PathLike, *, limit: int = LIMIT) -> str:
     raise ReadError(f"{os.fspath(path)!r}: a path has no NUL")
   # Without O_NONBLOCK a pipe would wait for its writer.
   handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-  with open(handle, "rb") as f:
+  try:
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode):
       raise ReadError(f"{path}: got {kind_of(status)}; allowed: a regular file")
@@ -46,7 +46,10 @@ def read_text(path: str | os.PathLike, *, limit: int = LIMIT) -> str:
       raise ReadError(
         f"{path}: got {status.st_size} bytes; allowed: at most {limit}"
       )
-    content = f.read()
+    with open(handle, "rb", closefd=False) as f:
+      content = f.read()
+  finally:
+    os.close(handle)
   try:
     return content.decode("utf-8")
   except UnicodeDecodeError as e:

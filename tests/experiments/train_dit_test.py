@@ -268,7 +268,7 @@ def test_the_configs_fit_their_data():
 
 
 def test_a_directory_that_is_no_run(tmp_path):
-  with pytest.raises(errors.UserError, match="not the directory of a run"):
+  with pytest.raises(errors.UserError, match="is no run's"):
     run_lib.load(tmp_path)
 
 
