@@ -33,20 +33,12 @@ from experiments import (
   transfer,
   workdirs,
 )
-from jaxlib_ext import checkpoint, reading, records, sharding
+from jaxlib_ext import checkpoint, records, sharding
 from jaxlib_ext import config as config_lib
 from models import sampling
 
 # Bytes of a step from which on CPUs one is dispatched at a time.
 _LARGE_STEP = 1 << 30
-# What every line of metrics.jsonl has.
-_RECORD = {
-  "step": int,
-  "tokens": int,
-  "loss": float,
-  "seconds": float,
-  "eval_loss?": float,
-}
 
 
 class Run:
@@ -233,7 +225,7 @@ class Run:
     training = self.config.training
     state = self.restore()
     first = step = int(state.step)
-    self._records()
+    stored.metrics(self.metrics_path)
     if self.main:
       records.keep(self.metrics_path, lambda m: m["step"] <= first)
     batch_of = self._batches()
@@ -276,26 +268,6 @@ class Run:
       )
       return {}
     return self._finish(state)
-
-  def _records(self) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    try:
-      return records.read(self.metrics_path, _RECORD)
-    except reading.ReadError as e:
-      raise errors.UserError(
-        f"{e}; move {self.metrics_path.name} away to go on without what it says"
-      ) from e
-
-  def _history(self) -> tuple[list[dict[str, Any]], list[float]]:
-    """The records of a finished run and the held-out losses among them."""
-    lines = self._records()
-    evals = [m["eval_loss"] for m in lines if "eval_loss" in m]
-    if not evals or lines[-1]["step"] != self.config.training.steps:
-      raise errors.UserError(
-        f"{self.metrics_path} has lost the record of the last step, so there "
-        "can be no summary.json; the last checkpoint is whole"
-      )
-    return lines, evals
 
   def _batches(self) -> Callable[[int], Any]:
     """This process's part of a step's batch, from the step's number."""
@@ -375,7 +347,9 @@ class Run:
 
   def _finish(self, state: trainer.TrainState) -> dict[str, Any]:
     """The plot, the sample, the summary and the last words."""
-    metrics, evals = self._history()
+    metrics, evals = stored.history(
+      self.metrics_path, self.config.training.steps
+    )
     baselines = self.corpus.baselines()
     sample = self._sample(state.params)
     final = evals[-1]

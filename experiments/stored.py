@@ -7,9 +7,18 @@ import pathlib
 from typing import Any, NamedTuple
 
 from experiments import configs, errors
-from jaxlib_ext import checkpoint, reading
+from jaxlib_ext import checkpoint, reading, records
 from jaxlib_ext import config as config_lib
 from models import config as model_config
+
+# What every line of metrics.jsonl has.
+_RECORD = {
+  "step": int,
+  "tokens": int,
+  "loss": float,
+  "seconds": float,
+  "eval_loss?": float,
+}
 
 
 class Stored(NamedTuple):
@@ -105,6 +114,42 @@ def state(workdir: pathlib.Path, target: Any, field: str) -> tuple[int, Any]:
     ) from e
   finally:
     checkpoints.close()
+
+
+def metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The records of a run's `metrics.jsonl`, oldest first.
+
+  Raises:
+    UserError: the file is damaged.
+  """
+  try:
+    return records.read(path, _RECORD)
+  except reading.ReadError as e:
+    raise errors.UserError(
+      f"{e}; move {path.name} away to go on without what it says"
+    ) from e
+
+
+def history(
+  path: pathlib.Path, steps: int
+) -> tuple[list[dict[str, Any]], list[float]]:
+  """The records of a finished run and the held-out losses among them.
+
+  Args:
+    path: of its `metrics.jsonl`.
+    steps: that it has done.
+
+  Raises:
+    UserError: the file is damaged, or lacks the last step.
+  """
+  lines = metrics(path)
+  evals = [m["eval_loss"] for m in lines if "eval_loss" in m]
+  if not evals or lines[-1]["step"] != steps:
+    raise errors.UserError(
+      f"{path} has lost the record of the last step, so there can be no "
+      "summary.json; the last checkpoint is whole"
+    )
+  return lines, evals
 
 
 def check_config(then: dict[str, Any], now: Any, workdir: pathlib.Path) -> None:

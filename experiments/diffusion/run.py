@@ -109,7 +109,9 @@ class Run(loop.Run):
 
   def _finish(self, state: trainer.TrainState) -> dict[str, Any]:
     """The plot, the samples, the summary and the last words."""
-    lines, evals = self._history()
+    lines, evals = stored_lib.history(
+      self.metrics_path, self.config.training.steps
+    )
     summary = {
       "name": self.config.name,
       "step": self.config.training.steps,

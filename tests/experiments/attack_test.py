@@ -184,7 +184,7 @@ def test_each_file_of_a_run(trained, tmp_path, name):
     try:
       run = loop.Run(config, workdir)
       with run._held:
-        run._history()
+        stored.history(run.metrics_path, config.training.steps)
     except errors.UserError as e:
       _one_line(e)
       assert name in str(e)

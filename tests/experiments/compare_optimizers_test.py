@@ -283,7 +283,7 @@ decay = math.log2(float(given["optimizer.weight_decay"]) / 0.1)
 workdir.mkdir(parents=True)
 (workdir / "checkpoints").mkdir()
 corpus = {"hash": "abc"}
-config = {"config": {"name": "smoke"}, "corpus": corpus}
+config = {"config": {"name": "smoke"}, "model": {}, "corpus": corpus}
 (workdir / "config.json").write_text(json.dumps(config))
 if SLEEP:
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
