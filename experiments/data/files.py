@@ -69,8 +69,8 @@ class Found:
     out = []
     for reason, names in self.left_out.items():
       shown = ", ".join(map(ascii, sorted(names)[:_SHOWN]))
-      more = ", ..." if len(names) > _SHOWN else ""
-      out.append(f"{len(names)} {reason} ({shown}{more})")
+      more = len(names) - _SHOWN
+      out.append(f"{reason}: {shown}{f' and {more} more' * (more > 0)}")
     return "; ".join(out)
 
   def report(self, where: str) -> None:

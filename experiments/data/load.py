@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments import errors
+from experiments import device_memory, errors
 from experiments.data import corpus as corpus_lib
 from experiments.data import pieces, shards, sources, tokenization
+
+# Bytes of text that a token stands for at most, on average.
+_LONGEST = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,10 +142,17 @@ def _collect(texts: Texts, documents: Sequence[sources.Document]) -> np.ndarray:
   """Ids of all documents `[tokens]`, held once while they are made."""
   narrow = texts.tokenizer.vocab_size <= 256
   dtype = np.dtype(np.uint8) if narrow else texts.tokenizer.dtype
+  size = sum(d.size for d in documents)
+  need, have = size // (1 if narrow else _LONGEST), device_memory.host_bytes()
+  if have and need * dtype.itemsize > have:
+    raise errors.UserError(
+      f"data.path: {size} bytes of text need at least {need * dtype.itemsize} "
+      f"bytes of memory as tokens, this host has {have}; shards, which "
+      "experiments.write_shards makes, stay on disk"
+    )
   # Most tokenizers make no more ids than there are bytes; what is not filled
   # takes address space, no memory.
-  room = sum(d.size for d in documents) + len(documents)
-  ids, count = np.empty(room, dtype), 0
+  ids, count = np.empty(size + len(documents), dtype), 0
   for part in texts.encode(documents):
     if count + len(part) > len(ids):
       ids.resize(count + len(part) + len(ids) // 4, refcheck=False)

@@ -8,7 +8,7 @@ import sysconfig
 
 import pytest
 
-from experiments import data, errors
+from experiments import data, device_memory, errors
 from experiments.data import files, sources
 
 
@@ -258,7 +258,7 @@ def test_a_hole_ends_the_reading(tmp_path):
   with open(tmp_path / "a", "wb") as f:
     f.write(b"text")
     f.truncate(1 << 40)
-  with pytest.raises(errors.UserError, match="1 binary"):
+  with pytest.raises(errors.UserError, match="binary"):
     sources.load_documents("files", str(tmp_path))
 
 
@@ -281,3 +281,12 @@ def test_paths_that_are_no_files(tmp_path, source, path, word):
   with pytest.raises(errors.UserError) as e:
     data.load_corpus(source, path.format(tmp_path))
   assert word in str(e.value) and "\n" not in str(e.value)
+
+
+def test_text_beyond_the_memory_is_refused(tmp_path, monkeypatch):
+  write(tmp_path, numbered(3, 400))
+  monkeypatch.setattr(device_memory, "host_bytes", lambda: 500)
+  with pytest.raises(errors.UserError, match="800 bytes of mem.* has 500; sha"):
+    data.load_corpus("files", str(tmp_path))
+  monkeypatch.setattr(device_memory, "host_bytes", lambda: 0)
+  data.load_corpus("files", str(tmp_path))
