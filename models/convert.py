@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import safetensors.flax
 
-from jaxlib_ext import records
+from jaxlib_ext import reading, records
 from models import config as config_lib
 from models import hf_files, transformer
 
@@ -74,7 +74,7 @@ def load_hf(
   if not os.path.exists(path):
     raise FileNotFoundError(f"{path!r} does not exist")
   folder = path if os.path.isdir(path) else os.path.dirname(path)
-  hf = hf_files.read_json(os.path.join(folder, "config.json"))
+  hf = reading.read_json(os.path.join(folder, "config.json"))
   cfg = _from_hf_config(hf, overrides)
   _check_llama(cfg)
   tensors = {}
@@ -194,13 +194,11 @@ def _weight_files(path: str) -> list[str]:
     return [path]
   index = os.path.join(path, _INDEX)
   if os.path.exists(index):
-    found = hf_files.read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not found:
-      raise ValueError(f"{index}: weight_map: expected names of files")
-    try:
-      shards = sorted({hf_files.plain_name(name) for name in found.values()})
-    except (TypeError, ValueError) as e:
-      raise ValueError(f"{index}: weight_map: {e}") from e
+    found = reading.read_json(index, {"weight_map": {str: str}})["weight_map"]
+    where = f"{index}: weight_map"
+    shards = sorted({reading.plain_name(f, where) for f in found.values()})
+    if not shards:
+      raise ValueError(f"{where}: got no files")
     return [os.path.join(path, shard) for shard in shards]
   weights = os.path.join(path, _WEIGHTS)
   pickles = sorted(f for f in os.listdir(path) if f.endswith(_PICKLES))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pathlib
 import re
 from collections.abc import Collection
 from typing import Any
 
-from jaxlib_ext import records
+from jaxlib_ext import reading, records
 
 END = "<|endoftext|>"
 # Names under which well-known tokenizer files keep their end of a document.
@@ -53,44 +51,6 @@ def byte_alphabet() -> list[str]:
   return [chr(b if b in printable else next(others)) for b in range(256)]
 
 
-def plain_name(name: Any) -> str:
-  """A file's name from inside a file, which must not lead elsewhere.
-
-  Raises:
-    ValueError: it holds a separator or a NUL, or names a directory.
-  """
-  if (
-    not isinstance(name, str)
-    or name in ("", ".", "..")
-    or any(c in name for c in "/\\\0")
-  ):
-    raise ValueError(f"got {name!r}; allowed: the plain name of a file")
-  return name
-
-
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-  """Reads a file that holds a JSON object.
-
-  Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: it is no file, or holds something else.
-  """
-  path = pathlib.Path(path)
-  if not path.exists():
-    raise FileNotFoundError(f"no {path.name} at {path}")
-  if not path.is_file():
-    raise ValueError(f"{path} is not a file")
-  try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except (ValueError, RecursionError) as e:
-    raise ValueError(f"{path} is no JSON: {e}") from e
-  if not isinstance(content, dict):
-    raise ValueError(
-      f"{path} holds a {type(content).__name__}; allowed: a JSON object"
-    )
-  return content
-
-
 class Tokenizer:
   """A tokenizer.json, as the `tokenizers` library reads it.
 
@@ -104,7 +64,7 @@ class Tokenizer:
   """
 
   def __init__(self, path: str | os.PathLike[str]):
-    self.content = read_json(path)
+    self.content = reading.read_json(path)
     model = self.content.get("model")
     if isinstance(model, dict) and model.get("type") == "bytes":
       self.content = _bytes_tokenizer()

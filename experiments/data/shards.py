@@ -18,7 +18,6 @@ import bisect
 import hashlib
 import pathlib
 import re
-import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -28,14 +27,18 @@ from experiments import errors
 from experiments.data import bins, sources, tokenization
 from experiments.data import corpus as corpus_lib
 from experiments.data import files as files_lib
-from jaxlib_ext import records
-from models import hf_files
+from jaxlib_ext import reading, records
 
 FORMAT = 1
 SHARD_TOKENS = 1 << 27
 _SPLITS = ("train", "val")
 _CHUNK = 1 << 20
-_SHAPE = {"tokenizer": str, "hash": str, "corpus": dict, "splits": dict}
+_SHAPE = {
+  "tokenizer": str,
+  "hash": str,
+  "corpus": dict,
+  "splits": {s: {"tokens": int, "files": [str]} for s in _SPLITS},
+}
 # Names that `write_parts` writes.
 _OURS = re.compile(
   r"((train|val)_\d+\.(bin|npy)|tokenizer\.json|meta\.json)(\.part)?"
@@ -125,16 +128,12 @@ def _read_written(
   meta: pathlib.Path, cache: pathlib.Path | None
 ) -> corpus_lib.Corpus:
   try:
-    content = hf_files.read_json(meta)
-    if content["format"] != FORMAT:
-      raise ValueError(f"format {content['format']!r}, expected {FORMAT}")
-    if content.get("unfinished"):
-      raise ValueError("its writing was not finished")
-    for key, kind in _SHAPE.items():
-      _require(content[key], kind, key)
-    splits = {s: _split_facts(content["splits"][s]) for s in _SPLITS}
-  except (OSError, ValueError, KeyError, TypeError) as e:
-    raise errors.UserError(f"data.path: cannot read {meta}: {e!r}") from e
+    content = _read_meta(meta)
+  except (OSError, ValueError) as e:
+    raise errors.UserError(f"data.path: cannot read {e}") from e
+  if content.get("unfinished"):
+    raise errors.UserError(f"data.path: {meta} says: not finished writing")
+  splits = content["splits"]
   tokenizer = tokenization.load(meta.with_name("tokenizer.json"))
   tokenizer.name = content["tokenizer"]
   arrays = {}
@@ -158,24 +157,28 @@ def _read_written(
       **content["corpus"],
       "shards": sum(len(s["files"]) for s in splits.values()),
     },
-    train_bytes=splits["train"]["bytes"],
-    eval_bytes=splits["val"]["bytes"],
+    train_bytes=splits["train"].get("bytes"),
+    eval_bytes=splits["val"].get("bytes"),
   )
 
 
-def _require(value: Any, kind: Any, name: str) -> None:
-  if not isinstance(value, kind):
-    raise ValueError(f"{name}: got {reprlib.repr(value)}")
-
-
-def _split_facts(split: dict[str, Any]) -> dict[str, Any]:
-  """A split's entry of meta.json; ValueError or TypeError if it is none."""
-  _require(split["tokens"], int, "tokens")
-  _require(split["bytes"], (int, type(None)), "bytes")
-  _require(split["files"], list, "files")
-  for name in split["files"]:
-    hf_files.plain_name(name)
-  return split
+def _read_meta(meta: pathlib.Path) -> dict[str, Any]:
+  """What `write_parts` wrote; OSError or ValueError if it is something else."""
+  content = reading.read_json(meta, {"format": int, "unfinished?": bool})
+  if content["format"] != FORMAT:
+    raise reading.ReadError(
+      f"{meta}: format: got {content['format']}; allowed: {FORMAT}"
+    )
+  if not content.get("unfinished"):
+    reading.require(content, _SHAPE, str(meta))
+    for split in _SPLITS:
+      where = f"{meta}: splits: {split}"
+      facts = content["splits"][split]
+      if facts.get("bytes") is not None:
+        reading.require(facts["bytes"], int, f"{where}: bytes")
+      for name in facts["files"]:
+        reading.plain_name(name, f"{where}: files")
+  return content
 
 
 def write(
@@ -287,17 +290,15 @@ def _replaced(output: pathlib.Path) -> list[str]:
   meta, listed = output / "meta.json", set()
   if "meta.json" in there:
     try:
-      content = hf_files.read_json(meta)
-      if content["format"] != FORMAT:
-        raise ValueError(f"format {content['format']!r}, expected {FORMAT}")
-      if content.get("unfinished"):
-        return there
-      for split in _SPLITS:
-        listed.update(content["splits"][split]["files"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
+      content = _read_meta(meta)
+    except (OSError, ValueError) as e:
       raise errors.UserError(
-        f"--output: {meta} is not of shards written here: {e!r}"
+        f"--output: its meta.json is not of shards written here: {e}"
       ) from e
+    if content.get("unfinished"):
+      return there
+    for split in _SPLITS:
+      listed.update(content["splits"][split]["files"])
     listed |= {"meta.json", "tokenizer.json"}
   others = [name for name in there if name not in listed]
   if others:
