@@ -171,7 +171,8 @@ def model(fields: Mapping[str, Any]) -> None:
     for number in value if isinstance(value, tuple) else (value,):
       if type(number) is int:
         most = MOST if name in _POSITIONS else 2**63 - 1
-        bound(f"model.{name}", number, -most, most)
+        # Whether it is too small depends on the field: the model knows.
+        bound(f"model.{name}", number, min(number, 0), most)
 
 
 def unrolled(cfg: Any) -> None:

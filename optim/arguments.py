@@ -196,8 +196,8 @@ def _at_least(low: float, **kwargs: Any) -> Number:
 
 def _count(low: int, **kwargs: Any) -> Number:
   return Number(
-    allowed=f"a whole number of at least {low}",
-    holds=lambda x: x >= low,
+    allowed=f"a whole number of at least {low}, in 32 bits",
+    holds=lambda x: low <= x < 2**31,
     whole=True,
     **kwargs,
   )

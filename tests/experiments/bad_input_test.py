@@ -56,6 +56,9 @@ REFUSED = {
   "model.d_model=1" + "0" * 400: ["model.d_model", "9223372036854775807"],
   "model.mixers=window model.window=99999999999": ["model.window"],
   "optimizer.name=muon optimizer.ns_steps=1000000000": ["ns_steps", "1000"],
+  "optimizer.name=galore optimizer.update_interval=9999999999": ["32 bits"],
+  "optimizer.name=spam optimizer.warmup=9999999999": ["warmup", "32 bits"],
+  "model.mixers=in_context model.context=9999999999": ["0 to 2147483647"],
   # Without effect.
   "data.path=/x": ["data.path", "data.source=files"],
   "quantization.format=int4": ["quantization.format", "adamw", "eco"],
