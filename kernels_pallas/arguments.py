@@ -117,9 +117,12 @@ def saturated(x: np.ndarray | jax.Array, most: int) -> np.ndarray | jax.Array:
     most: at most 2^31 - 1.
   """
   xp = jnp if isinstance(x, jax.Array) else np
-  if x.dtype == object or jnp.iinfo(x.dtype).max > most:
+  if x.dtype == object:
+    # Of a scalar of objects NumPy gives the object.
+    x = np.asarray(np.maximum(np.minimum(x, most), -most))
+  elif jnp.iinfo(x.dtype).max > most:
     x = xp.minimum(x, most)
-    if x.dtype == object or jnp.issubdtype(x.dtype, jnp.signedinteger):
+    if jnp.issubdtype(x.dtype, jnp.signedinteger):
       x = xp.maximum(x, -most)
   return x.astype(np.int32)
 
