@@ -39,8 +39,13 @@ def _piecewise(**options):
   return run
 
 
-def _repeat(x):
-  return jnp.repeat(x, H // G, axis=2)
+def _clustered(q, k, v, ids, clusters, **more):
+  """Keys and values have as many heads as queries: they are the queries."""
+  del k, v, ids
+  return ops.clustered_attention(
+    q, q, q, q_clusters=clusters, kv_clusters=clusters, num_kv_clusters=3,
+    density=0.3, block_size=4, **more
+  )  # fmt: skip
 
 
 def _prefixed(q, k, v, ids, clusters, **more):
@@ -97,9 +102,6 @@ OPS = {
       q, k, v, context_length=8, block_size=4, density=0.3, causal=True, **more
     )
   ),
-  "clusters": lambda q, k, v, ids, clusters, **more: ops.clustered_attention(
-    q, _repeat(k), _repeat(v), q_clusters=clusters, kv_clusters=clusters,
-    num_kv_clusters=3, density=0.3, block_size=4, **more
-  ),
+  "clusters": _clustered,
   "prefix": _prefixed,
 }  # fmt: skip
