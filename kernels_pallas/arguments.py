@@ -51,13 +51,6 @@ def check_shape(
     )
 
 
-def check_integers(name: str, x: Any) -> None:
-  """TypeError unless `x` is of an integer dtype."""
-  dtype = jnp.result_type(x)
-  if not jnp.issubdtype(dtype, jnp.integer):
-    raise TypeError(f"{name} must be integers, got {dtype}")
-
-
 def known(x: Any) -> bool:
   """Whether the values of `x` can be looked at here and now."""
   if isinstance(x, jax.core.Tracer):

@@ -77,7 +77,7 @@ def score_blocks(
   return Scored(scores, repeat(odd, scores), mean_q, mean_k, k, v, real)
 
 
-def repeat(x, scores):
+def repeat(x: jax.Array, scores: jax.Array) -> jax.Array:
   """`[B, G, NK]` for each head: `[B, H, 1, NK]`."""
   return jnp.repeat(x, scores.shape[1] // x.shape[1], axis=1)[:, :, None]
 
@@ -128,7 +128,9 @@ def mean_errors(
   return jnp.moveaxis(jax.lax.map(row, rows), 0, 3).reshape(b, h, num_q, num_kv)
 
 
-def gaussian_bound(scored, allowed, options, tau):
+def gaussian_bound(
+  scored: Scored, allowed: jax.Array, options: problem.Options, tau: float
+) -> jax.Array:
   """Row means plus tau deviations of scores: [B, H, NQ, 1].
 
   From the mean and the variance per channel of the mean keys that a row
@@ -157,7 +159,7 @@ def gaussian_bound(scored, allowed, options, tau):
   return bound.reshape(b, h, num_q, 1)
 
 
-def spread(scored):
+def spread(scored: Scored) -> jax.Array:
   """log(||H_j||_F + eps) of each key block: [B, G, NK]."""
   deviation = scored.k - scored.mean_k[..., None, :]
   deviation = jnp.where(scored.real[..., None], deviation, 0)
